@@ -1,0 +1,39 @@
+# `make demo` and `make test` do all the set-up on a machine that has Python 3.10+ and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-slow check bench clean
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed  ## six prompts, plain and steered, on the embedded model
+	$(BIN)/diffsteer generate
+
+test: $(VENV)/installed  ## everything but the slow proofs
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: $(VENV)/installed  ## the slow proofs
+	$(BIN)/python -m pytest -q -m slow
+
+check: $(VENV)/installed-dev  ## style, types, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(MAKE) test
+
+bench: $(VENV)/installed  ## overhead, then quality (about an hour on two cores)
+	$(BIN)/python scripts/bench_overhead.py
+	$(BIN)/python scripts/bench_quality.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info outputs multirun

@@ -1,0 +1,101 @@
+"""A plain function as the model: own networks, series, motion, and the closed forms of the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsteer.algebra import PREDICTIONS, Level, level, to_clean, transition
+from diffsteer.session import Arrival, Session
+from diffsteer.types import DiffsteerError
+
+PATHS = ("vp", "edm", "flow")
+
+
+class CallableModel:
+    """A denoiser function with its path, in a pipeline's place.
+
+    Args:
+        fn: ``fn(x (N, *shape), t (N,), conditions: list of N prompts) -> (N, *shape)``.
+        prediction: what fn predicts: "eps" | "v" | "x0" | "velocity".
+        path: "vp": t indexes `alphas_cumprod`; "edm": t is sigma; "flow": t in [0, 1], 1 being noise.
+        shape: of one sample.
+        alphas_cumprod: (1000,) or so, decreasing; for "vp" only, where it is needed.
+        sigmas: the largest and the smallest sigma of the "edm" grid (Karras et al., 2022, arXiv 2206.00364, eq. 5, rho = 7).
+        decode: latents (N, *shape) -> samples for the reward; without it the reward sees what the model denoises.
+
+    Raises:
+        DiffsteerError: an unknown prediction or path, or `alphas_cumprod` missing.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[[Tensor, Tensor, list[Any]], Tensor],
+        prediction: str,
+        path: str,
+        shape: Sequence[int],
+        alphas_cumprod: Tensor | None = None,
+        sigmas: tuple[float, float] = (80.0, 0.002),
+        decode: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        if prediction not in PREDICTIONS:
+            raise DiffsteerError(f"prediction={prediction!r} is unknown; valid: {', '.join(PREDICTIONS)}")
+        if path not in PATHS:
+            raise DiffsteerError(f"path={path!r} is unknown; valid: {', '.join(PATHS)}")
+        if (alphas_cumprod is None) == (path == "vp"):
+            raise DiffsteerError('alphas_cumprod is needed for path="vp", and for no other')
+        if prediction == "velocity" and path != "flow":
+            raise DiffsteerError('prediction="velocity" goes with path="flow"')
+        self.fn, self.prediction, self.path, self.shape = fn, prediction, path, tuple(shape)
+        self.alphas_cumprod = None if alphas_cumprod is None else alphas_cumprod.double()
+        self.sigmas, self.decode = sigmas, decode
+
+    def grid(self, steps: int) -> tuple[list[float], list[Level]]:
+        """The times at which fn is called (T of them) and the levels (T + 1), the last one clean."""
+        if self.path == "vp":
+            bars = self.alphas_cumprod
+            assert bars is not None
+            if not 1 <= steps <= len(bars):
+                raise DiffsteerError(f"num_inference_steps={steps}; this model has 1 to {len(bars)}")
+            times = torch.linspace(len(bars) - 1, 0, steps + 1)[:-1].round().long().tolist()
+            levels = [level(bars[t].sqrt(), (1 - bars[t]).sqrt()) for t in times] + [level(1.0, 0.0)]
+            return [float(t) for t in times], levels
+        if steps < 1:
+            raise DiffsteerError(f"num_inference_steps={steps}; at least 1 is needed")
+        if self.path == "flow":
+            times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+            return times[:-1], [level(1 - t, t) for t in times]
+        ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+        high, low = (s ** (1 / 7) for s in self.sigmas)
+        times = ((high + ramp * (low - high)) ** 7).tolist()
+        return times, [level(1.0, s) for s in times] + [level(1.0, 0.0)]
+
+
+class CallableSession(Session):
+    """A session over a `CallableModel`; conditions are the prompts themselves, whatever they are."""
+
+    def __init__(self, model: CallableModel, prompts: Sequence[Any], *, num_inference_steps: int = 50, **keys: Any) -> None:
+        super().__init__(prompts, **keys)
+        self.model, self.shape, self.decoder = model, model.shape, model.decode
+        self.steps = num_inference_steps
+        self.times, self.levels = model.grid(num_inference_steps)
+
+    def _scale_noise(self, noise: Tensor) -> Tensor:
+        return noise * self.levels[0].sigma.to(noise.dtype)
+
+    def _segment(self, x: Tensor, start: int, stop: int, rows: Sequence[int]) -> Arrival:
+        conditions = [self.prompts[r // self.particles] for r in rows]
+        x0 = x
+        for k in range(start, stop):
+            at, to = self.levels[k], self.levels[k + 1]
+            t = torch.full((len(x),), self.times[k], dtype=x.dtype)
+            with self.ledger.timed("denoiser"):
+                output = self.model.fn(x, t, conditions)
+            self.ledger.forwards += 1
+            self.ledger.evaluations += len(x)
+            x0, eps = to_clean(self.model.prediction, x, output, at)
+            x = transition(x0, eps, at, to, self.eta, self.step_noise(rows, k).to(x))
+        return Arrival(x, x0)

@@ -1,0 +1,158 @@
+"""The drop-in form: a steered scheduler put on a pipeline by hand.
+
+    pipe.scheduler = steered(pipe.scheduler, FeynmanKac(particles=4), reward=ClipScore(), decoder=pipe, prompts=prompts)
+    images = pipe(prompts, num_images_per_prompt=4).images
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsteer import rng
+from diffsteer.algebra import noise_std
+from diffsteer.ledger import Ledger
+from diffsteer.particles import reindex
+from diffsteer.reward import Reward, RewardFunction, as_reward
+from diffsteer.scheduler import install
+from diffsteer.selection import Scorer, Selection, choose
+from diffsteer.types import Context, DiffsteerError, Problem, Sampler, Trace
+
+
+def steered(
+    scheduler: Any,
+    sampler: Sampler | None,
+    *,
+    reward: Reward | RewardFunction | None = None,
+    decoder: Any = "none",
+    prompts: str | Sequence[str] = (),
+    ids: Sequence[int | str] | None = None,
+    choice: Reward | RewardFunction | None = None,
+    output: str = "best",
+    chunk: int | None = None,
+) -> Any:
+    """A scheduler of the user's own class that steers whatever pipeline it is put on.
+
+    Selection happens inside `step`, so the pipeline must make K images a prompt, prompt-major (``num_images_per_prompt=K``).
+    All of them come back, each group's chosen particle first. After a run `scheduler.steering` has `trace`, `rewards`,
+    `log_weights`, `log_z` and `ledger`, in the order of the images. The `generator` given to the pipeline is the key of the
+    randomness (its `initial_seed`); the pipeline's `eta` argument is not used, the sampler's own is.
+
+    Args:
+        scheduler: the pipeline's own; it is copied, not changed.
+        sampler: a method of `diffsteer.samplers`; None gives a scheduler that only delegates.
+        reward, choice, output: as for `SteeredPipeline`.
+        decoder: the pipeline, whose VAE then decodes; a callable latents -> samples; or "none" to score latents.
+        prompts: P prompts, since `step` never sees them.
+        ids: one a prompt; default: its index.
+        chunk: at most so many rows in the decoder and the reward at a time.
+
+    Raises:
+        UnsupportedError: a scheduler that has no one-step transition.
+        DiffsteerError: no prompts, no reward, or (when it runs) a number of rows that is not prompts x particles.
+    """
+    return install(scheduler, Steering(sampler, reward, decoder, prompts, ids, choice, output, chunk))
+
+
+class Steering:
+    """The control of a drop-in scheduler, and the record of its last run."""
+
+    start, stop, pipe, unit_noise = 0, None, None, False
+
+    def __init__(
+        self, sampler: Any, reward: Any, decoder: Any, prompts: Any, ids: Any, choice: Any, output: str, chunk: int | None
+    ) -> None:
+        self.sampler, self.output = sampler, output
+        self.eta: float | None = None if sampler is None else sampler.eta
+        self.prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        self.ids = tuple(range(len(self.prompts)) if ids is None else ids)
+        if sampler is not None and not self.prompts:
+            raise DiffsteerError("steered(): give prompts=, since a scheduler's step never sees them")
+        if sampler is not None and reward is None:
+            raise DiffsteerError(f"steered(): the sampler {sampler.name} selects by a reward: give reward=")
+        self.decode, self.embedded = _decoder(decoder)
+        seen = "latents" if self.decode is None else "pixels"
+        self.reward = None if reward is None else as_reward(reward, seen)
+        self.choice = None if choice is None else as_reward(choice, seen)
+        self.chunk = chunk
+        self.selection: Selection | None = None
+
+    def begin(self, scheduler: Any) -> None:
+        """A new run."""
+        self.scheduler, self.selection, self.seed = scheduler, None, None
+
+    def noise(self, index: int, sample: Tensor, generator: Any) -> Tensor:
+        """The keyed noise of one transition, (N, ...)."""
+        if self.seed is None:
+            self.seed = _seed_of(generator)
+        keys = [(id, k) for id in self.ids for k in range(self.sampler.particles)]
+        return rng.normal(self.seed, keys, index, "step", sample.shape[1:])
+
+    def arrived(self, index: int, total: int, x: Tensor, x0: Tensor) -> Tensor:
+        """A transition was made: select, and at the end put the chosen ones first."""
+        if self.sampler is None:
+            return x
+        if self.selection is None:
+            self._open(total, len(x))
+        selection = self.selection
+        assert selection is not None
+        if index + 1 not in selection.events:
+            return x
+        x = selection(index + 1, x, x0)
+        return self._finish(selection, x) if index + 1 == total else x
+
+    def _open(self, total: int, rows: int) -> None:
+        wanted = len(self.prompts) * self.sampler.particles
+        if rows != wanted:
+            raise DiffsteerError(
+                f"{len(self.prompts)} prompt(s) x {self.sampler.particles} particles are {wanted} rows, but the pipeline has {rows}: "
+                f"call it with the same prompts and num_images_per_prompt={self.sampler.particles}"
+            )
+        if self.seed is None:
+            self.seed = _seed_of(None)
+        self.ledger = Ledger()
+        for reward in (self.reward, self.choice):
+            if reward is not None:
+                reward.prepare(self.prompts, Context(0, total, self.embedded))
+        levels = getattr(self.scheduler, "levels", [])
+        noisy = [k for k, (a, b) in enumerate(zip(levels, levels[1:], strict=False)) if float(noise_std(a, b, self.eta or 0.0)) > 0]
+        problem = Problem(len(self.prompts), total, max(noisy, default=-1), self.seed, self.ids)
+        scorer = Scorer(self.reward, self.decode, self.prompts, self.ledger, self.embedded, self.chunk)
+        self.selection = Selection(self.sampler, problem, scorer)
+
+    def _finish(self, selection: Selection, x: Tensor) -> Tensor:
+        rewards, log_weights = selection.infos[-1].rewards, selection.state.log_weights
+        assert selection.samples is not None
+        total = selection.problem.steps
+        deciding = rewards if self.choice is None else selection.scorer.score(selection.samples, total, total, self.choice)
+        chosen = choose(self.output, deciding, log_weights, selection.problem.seed, self.ids)
+        order = torch.arange(rewards.shape[1]).repeat(len(rewards), 1)
+        order = torch.stack([torch.cat([row[c : c + 1], row[:c], row[c + 1 :]]) for row, c in zip(order, chosen.tolist(), strict=True)])
+        self.rewards, self.log_weights = reindex((rewards, log_weights), order)
+        self.log_z, self.trace = selection.state.log_z, Trace(tuple(selection.infos))
+        self.ledger.close()
+        return reindex(x.view(*rewards.shape, *x.shape[1:]), order).flatten(0, 1)
+
+
+def _decoder(decoder: Any) -> tuple[Callable[[Tensor], Tensor] | None, bool]:
+    if decoder is None or (isinstance(decoder, str) and decoder == "none"):
+        return None, False
+    if hasattr(decoder, "vae"):
+        from diffsteer.backend import vae_decoder
+        from diffsteer.shapes.models import is_embedded
+
+        return vae_decoder(decoder), is_embedded(decoder)
+    if callable(decoder):
+        return decoder, False
+    raise DiffsteerError(f'decoder={decoder!r}; valid: the pipeline, a callable latents -> samples, or "none"')
+
+
+def _seed_of(generator: Any) -> int:
+    if generator is None:
+        return int(torch.randint(2**62, ()))
+    if isinstance(generator, (list, tuple)):
+        return rng.generator(0, *(g.initial_seed() for g in generator)).initial_seed()
+    return int(generator.initial_seed())

@@ -1,0 +1,88 @@
+"""The denoiser seam: forward hooks that count and time evaluations and keep the guidance's two outputs apart.
+
+Hooks are module hooks, never a replaced `forward` (offloading replaces that itself), and do nothing outside the `watching`
+block that they were set for: a context variable says which one is active, so threads and nested runs do not meet.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffsteer.ledger import Ledger
+from diffsteer.types import UnsupportedError
+
+_active: ContextVar[Watch | None] = ContextVar("diffsteer_watch", default=None)
+
+
+class Watch:
+    """What the hooks of one session write to."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.outputs: list[Tensor] = []  # of the denoiser since the last step
+        self._started = 0.0
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if _active.get() is self:
+            self._started = time.perf_counter()
+
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if _active.get() is not self:
+            return
+        prediction = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+        if prediction.is_cuda:
+            torch.cuda.synchronize()
+        self.ledger.seconds["denoiser"] = self.ledger.seconds.get("denoiser", 0.0) + time.perf_counter() - self._started
+        self.ledger.forwards += 1
+        self.ledger.evaluations += len(prediction)
+        self.outputs.append(prediction)
+
+    def take(self) -> list[Tensor]:
+        """The outputs since the last call."""
+        outputs, self.outputs = self.outputs, []
+        return outputs
+
+
+@contextmanager
+def watching(watch: Watch, *denoisers: nn.Module) -> Iterator[Watch]:
+    """Hook the denoisers, and let `watch` be the active one inside the block."""
+    handles = [d.register_forward_pre_hook(watch.enter, with_kwargs=True) for d in denoisers]
+    handles += [d.register_forward_hook(watch.leave, with_kwargs=True) for d in denoisers]
+    token = _active.set(watch)
+    try:
+        yield watch
+    finally:
+        _active.reset(token)
+        for handle in handles:
+            handle.remove()
+
+
+def guidance_parts(outputs: list[Tensor], mixed: Tensor, scale: float, tolerance: float = 1e-4) -> tuple[Tensor, Tensor]:
+    """Tell the unconditional from the conditional output by reconstructing what the pipeline made of them.
+
+    Args:
+        outputs: of the denoiser in one step: one tensor of 2N rows, or two of N, in either order.
+        mixed: the prediction (N, ...) that the pipeline handed to its scheduler, ``u + scale (c - u)``.
+        scale: the guidance scale.
+
+    Returns:
+        (unconditional, conditional), each (N, ...).
+
+    Raises:
+        UnsupportedError: no order of the outputs gives `mixed`; also at scale 0.5, where both do.
+    """
+    halves = list(outputs[0].chunk(2)) if len(outputs) == 1 and len(outputs[0]) == 2 * len(mixed) else outputs
+    if len(halves) == 2 and scale != 0.5:
+        size = mixed.abs().mean().clamp(min=1e-12)
+        for u, c in (halves, halves[::-1]):
+            u, c = u[:, : mixed.shape[1]], c[:, : mixed.shape[1]]
+            if float((u + scale * (c - u) - mixed).abs().mean() / size) < tolerance:
+                return u, c
+    raise UnsupportedError(f"guidance layout not recognised: {[tuple(o.shape) for o in outputs]} at scale {scale:g}")

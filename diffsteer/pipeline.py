@@ -1,0 +1,214 @@
+"""The Python face: `SteeredPipeline` around a diffusers pipeline or a `CallableModel`, and `load_pipeline`."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from diffsteer.callable import CallableModel, CallableSession
+from diffsteer.ledger import Ledger
+from diffsteer.reward import Reward, RewardFunction, as_reward
+from diffsteer.run import OUTPUTS, SteeredOutput, estimate, run
+from diffsteer.selection import Scorer
+from diffsteer.shapes.models import MODELS
+from diffsteer.types import Context, DiffsteerError, Info, Sampler, Trace, UnsupportedError
+
+if TYPE_CHECKING:
+    from diffsteer.session import Session
+
+DECODERS = ("full", "none")
+
+
+def load_pipeline(name: str | Path = "shapes", **kwargs: Any) -> Any:
+    """Load a pipeline: "shapes" is the one that ships with diffsteer; anything else is a folder or a hub id.
+
+    Keyword arguments go to `DiffusionPipeline.from_pretrained` (torch_dtype, revision, ...).
+
+    Raises:
+        DiffsteerError: nothing can be loaded from there.
+    """
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline
+
+    if name in MODELS:
+        return StableDiffusionPipeline.from_pretrained(MODELS[str(name)], safety_checker=None, **kwargs)
+    try:
+        return DiffusionPipeline.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        embedded = ", ".join(MODELS)
+        first = str(error).strip().split("\n")[0]
+        raise DiffsteerError(f"no pipeline could be loaded from {str(name)!r} ({first}); embedded: {embedded}") from error
+
+
+class SteeredPipeline:
+    """Any supported pipeline, steered. The pipeline that is given is never changed.
+
+    Args:
+        pipe: a diffusers pipeline (`UnsupportedError` names those that cannot be steered), or a `CallableModel`.
+        sampler: a method of `diffsteer.samplers`; None runs the pipeline as it is.
+        reward: a `Reward`, or a callable ``r(samples (N, ...), prompts) -> (N,)``; may be missing only for None and `BestOfN`.
+        choice: another reward for the final choice alone (``output="best"``); the weights stay those of `reward`.
+        decoder: "full" scores decoded samples; "none" scores latents and makes no images.
+        output: "best" | "draw" | "all", see `SteeredOutput`.
+        chunk: at most so many rows in the denoiser, the decoder and the reward at a time; None for all at once.
+        deterministic: bits that depend neither on the number of prompts nor on what else runs; see `Session`.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        sampler: Sampler | None = None,
+        reward: Reward | RewardFunction | None = None,
+        *,
+        choice: Reward | RewardFunction | None = None,
+        decoder: str = "full",
+        output: str = "best",
+        chunk: int | None = None,
+        deterministic: bool = False,
+    ) -> None:
+        if decoder not in DECODERS:
+            raise DiffsteerError(f"decoder={decoder!r} is unknown; valid: {', '.join(DECODERS)}")
+        if output not in OUTPUTS:
+            raise DiffsteerError(f"output={output!r} is unknown; valid: {', '.join(OUTPUTS)}")
+        if sampler is not None and not isinstance(sampler, Sampler):
+            raise TypeError(f"sampler is an object of diffsteer.samplers or None, not {sampler!r}")
+        latent = decoder == "none" or (isinstance(pipe, CallableModel) and pipe.decode is None)
+        seen = "latents" if latent else "pixels"
+        self.pipe, self.sampler, self.decoder, self.output = pipe, sampler, decoder, output
+        self.reward = None if reward is None else as_reward(reward, seen)
+        self.choice = None if choice is None else as_reward(choice, seen)
+        self.chunk, self.deterministic = chunk, deterministic
+        if sampler is not None and self.reward is None and len(sampler.schedule(2)) + len(sampler.schedule(100)) > 2:
+            raise DiffsteerError(f"the sampler {sampler.name} selects by a reward: give reward=")
+
+    def __call__(
+        self,
+        prompts: str | Sequence[Any],
+        *,
+        num_inference_steps: int | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        ids: Sequence[int | str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        latents: Tensor | None = None,
+        watch: Callable[[Info], None] | None = None,
+        **call: Any,
+    ) -> SteeredOutput:
+        """Generate.
+
+        Args:
+            prompts: one or P of them.
+            seed: the key of all randomness; ``seed=n`` is ``generator=torch.Generator("cpu").manual_seed(n)``. Without either one is drawn.
+            ids: one id a prompt, which keys its noise; default: its index. A prompt with its id gives the same result in any batch.
+            negative_prompt: one for all, or P.
+            latents: first states, (P * K, C, h, w), prompt-major, as the pipeline takes them.
+            watch: called with the `Info` of each event.
+            call: the pipeline's own arguments (guidance_scale, height, callback_on_step_end, ...). Embedded models bring
+                the guidance scale and the steps that are best for them as defaults.
+
+        Raises:
+            DiffsteerError: an argument that the pipeline does not take, and what is valid.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts:
+            raise DiffsteerError("no prompts: give at least one")
+        if seed is not None and generator is not None:
+            raise DiffsteerError("give seed= or generator=, not both")
+        if generator is None:
+            generator = torch.Generator("cpu").manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
+        options: dict[str, Any] = {"num_inference_steps": num_inference_steps} if num_inference_steps else {}
+        if self.sampler is None:
+            return self._plain(prompts, generator, negative_prompt, latents, options | call)
+        keys = {
+            "particles": self.sampler.particles,
+            "seed": generator.initial_seed(),
+            "ids": ids,
+            "eta": self.sampler.eta,
+            "chunk": self.chunk,
+            "deterministic": self.deterministic,
+        }
+        if isinstance(self.pipe, CallableModel):
+            if call or negative_prompt is not None or latents is not None:
+                extra = [*call, *(["negative_prompt"] if negative_prompt else []), *(["latents"] if latents is not None else [])]
+                raise DiffsteerError(f"a CallableModel takes no argument {extra[0]!r}")
+            session: Session = CallableSession(self.pipe, prompts, **options, **keys)
+            return run(session, self.sampler, self.reward, self.output, self.choice, watch=watch)
+        from diffsteer.backend import DiffusersSession, as_images
+
+        session = DiffusersSession(
+            self.pipe,
+            prompts,
+            negative_prompt=negative_prompt,
+            latents=latents,
+            decode=self.decoder == "full",
+            call=call,
+            **options,
+            **keys,
+        )
+        return run(session, self.sampler, self.reward, self.output, self.choice, as_images, watch)
+
+    def estimate(self, prompts: int = 1, num_inference_steps: int | None = None, guidance_scale: float | None = None) -> Ledger:
+        """What a call with so many prompts will count."""
+        if isinstance(self.pipe, CallableModel):
+            steps, guided = num_inference_steps or 50, False
+        else:
+            import inspect
+
+            from diffsteer.shapes.models import recommended
+
+            defaults = {k: p.default for k, p in inspect.signature(type(self.pipe).__call__).parameters.items()}
+            known = defaults | recommended(self.pipe)
+            steps = num_inference_steps or known["num_inference_steps"]
+            guided = (known["guidance_scale"] if guidance_scale is None else guidance_scale) > 1
+        chunk = 8 if self.deterministic and self.chunk is None else self.chunk
+        return estimate(self.sampler, prompts, steps, guided, self.reward is not None, chunk)
+
+    def _plain(
+        self, prompts: list[Any], generator: torch.Generator, negative_prompt: Any, latents: Tensor | None, call: dict[str, Any]
+    ) -> SteeredOutput:
+        """The user's own pipeline, scheduler and generator; only counted, and scored at the end."""
+        if isinstance(self.pipe, CallableModel):
+            raise UnsupportedError("a CallableModel has no sampler of its own; BestOfN(particles=1, eta=0) is the plain ODE")
+        from diffsteer.backend import as_images, check_call, check_pipeline, vae_decoder
+        from diffsteer.hooks import Watch, watching
+        from diffsteer.shapes.models import is_embedded, recommended
+
+        check_pipeline(self.pipe)
+        check_call(self.pipe, call)
+        ledger, started = Ledger(), time.perf_counter()
+        embedded = is_embedded(self.pipe)
+        for reward in (self.reward, self.choice):
+            if reward is not None:
+                reward.prepare(prompts, Context(embedded=embedded))
+        shadow = copy.copy(self.pipe)
+        shadow.scheduler = copy.deepcopy(self.pipe.scheduler)
+        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
+        call = recommended(self.pipe) | call | {"negative_prompt": negatives, "latents": latents, "output_type": "latent"}
+        with watching(Watch(ledger), self.pipe.unet):
+            x = shadow(prompts, generator=generator, **call).images
+        scorer = Scorer(
+            self.reward, vae_decoder(self.pipe) if self.decoder == "full" else None, prompts, ledger, embedded, None
+        )
+        samples = scorer.decode(x)
+        steps = shadow._num_timesteps
+        rewards = scorer.score(samples, steps, steps)
+        ledger.seconds["total"] = time.perf_counter() - started
+        ledger.close()
+        flat = torch.zeros(len(prompts), 1, dtype=torch.float64)
+        return SteeredOutput(
+            prompts=prompts,
+            samples=samples[:, None],
+            latents=x[:, None],
+            rewards=rewards,
+            log_weights=flat,
+            log_z=flat[:, 0],
+            chosen=flat[:, 0].long(),
+            images=as_images(samples) if self.decoder == "full" else None,
+            trace=Trace(),
+            ledger=ledger,
+        )

@@ -1,0 +1,111 @@
+"""What a reward is: a score and its facts. Rewards add and scale: ``ClipScore() + 0.5 * Aesthetic()``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from diffsteer.types import Context, DiffsteerError
+
+RewardFunction = Callable[[Tensor, Sequence[str]], Tensor]
+
+
+class Reward:
+    """A reward. Subclasses set the facts that differ and write `score`.
+
+    Attributes:
+        name: as in the registry.
+        input: "pixels", (N, 3, H, W) in [0, 1], or "latents", what the model denoises (with ``decoder="none"``).
+        range: what scores lie between.
+        higher_is_better: always so; a quantity to be lowered is scored by its negative.
+        differentiable: autograd reaches the samples. deterministic: equal samples get equal scores.
+        needs_prompt: the score depends on the prompt.
+        licence, weights: of the network that it loads, and where that comes from; None without one.
+    """
+
+    name: ClassVar[str] = "reward"
+    input: ClassVar[str] = "pixels"
+    range: ClassVar[tuple[float, float]] = (float("-inf"), float("inf"))
+    higher_is_better: ClassVar[bool] = True
+    differentiable: ClassVar[bool] = False
+    deterministic: ClassVar[bool] = True
+    needs_prompt: ClassVar[bool] = False
+    licence: ClassVar[str | None] = None
+    weights: ClassVar[str | None] = None
+
+    def prepare(self, prompts: Sequence[str], ctx: Context) -> None:
+        """Called once before a run: load what is needed, refuse prompts that cannot be scored (`DiffsteerError`)."""
+
+    def score(self, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
+        """Score samples (N, ...), one prompt each. Returns (N,) float32. NaN loses."""
+        raise TypeError(f"{type(self).__name__} does not define score(samples, prompts, ctx)")
+
+    def __add__(self, other: Reward) -> Reward:
+        return WeightedSum([*_terms(self), *_terms(other)])
+
+    def __mul__(self, weight: float) -> Reward:
+        return WeightedSum([(weight * w, r) for w, r in _terms(self)])
+
+    __rmul__ = __mul__
+
+    def __sub__(self, other: Reward) -> Reward:
+        return self + -1.0 * other
+
+
+class WeightedSum(Reward):
+    """Rewards added, each with a weight; its facts are those that all of them share."""
+
+    def __init__(self, terms: Sequence[tuple[float, Reward]]) -> None:
+        self.terms = list(terms)
+        rewards = [r for _, r in self.terms]
+        inputs = {r.input for r in rewards}
+        if len(inputs) > 1:
+            raise DiffsteerError(f"rewards on {' and '.join(sorted(inputs))} cannot be added: they see different samples")
+        # facts of an instance: what is a class attribute elsewhere depends on the terms here
+        self.__dict__.update(
+            name=" + ".join(f"{w:g}*{r.name}" for w, r in self.terms),
+            input=inputs.pop(),
+            differentiable=all(r.differentiable for r in rewards),
+            deterministic=all(r.deterministic for r in rewards),
+            needs_prompt=any(r.needs_prompt for r in rewards),
+        )
+
+    def prepare(self, prompts: Sequence[str], ctx: Context) -> None:
+        for _, reward in self.terms:
+            reward.prepare(prompts, ctx)
+
+    def score(self, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
+        """The weighted sum of the terms' scores, (N,)."""
+        return torch.stack([w * r.score(samples, prompts, ctx) for w, r in self.terms]).sum(0)
+
+
+class FunctionReward(Reward):
+    """A bare callable ``r(samples, prompts) -> (N,)`` as a reward."""
+
+    def __init__(self, function: RewardFunction, input: str = "pixels") -> None:
+        self.function = function
+        self.__dict__.update(name=getattr(function, "__name__", type(function).__name__), input=input, needs_prompt=True)
+
+    def score(self, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
+        """What the function returns, as (N,) float32."""
+        return torch.as_tensor(self.function(samples, prompts))
+
+
+def as_reward(reward: Reward | RewardFunction, input: str = "pixels") -> Reward:
+    """A reward from a reward or from a bare callable; `input` is what a callable is given.
+
+    Raises:
+        TypeError: neither.
+    """
+    if isinstance(reward, Reward):
+        return reward
+    if isinstance(reward, type) or not callable(reward):
+        raise TypeError(f"a reward is a Reward object or a callable r(samples, prompts) -> (N,), not {reward!r}")
+    return FunctionReward(reward, input)
+
+
+def _terms(reward: Reward) -> list[tuple[float, Reward]]:
+    return reward.terms if isinstance(reward, WeightedSum) else [(1.0, reward)]

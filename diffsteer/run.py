@@ -1,0 +1,147 @@
+"""The loop: a sampler over a session, event by event, and what comes out of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsteer.ledger import Ledger
+from diffsteer.reward import Reward
+from diffsteer.selection import Scorer, Selection, choose
+from diffsteer.session import Session
+from diffsteer.types import Context, DiffsteerError, Info, Problem, Sampler, Trace
+
+OUTPUTS = ("best", "draw", "all")
+
+
+@dataclass(frozen=True)
+class SteeredOutput:
+    """The result of a run over P prompts with K particles each.
+
+    Attributes:
+        samples: every particle, decoded, (P, K, ...); images are (3, H, W) in [0, 1]. Latents without a decoder.
+        latents: every particle before decoding, (P, K, ...).
+        rewards: of the samples, (P, K), by the reward that steered.
+        log_weights: (P, K), summing to one in each group: together with `samples` the estimate of the target.
+        log_z: (P,), log of the mean potential.
+        chosen: the particle chosen for each prompt, (P,).
+        images: PIL images: one a prompt, or with output="all" all of them, prompt-major; None where samples are no images.
+        trace, ledger: events, and cost.
+    """
+
+    prompts: list[str]
+    samples: Tensor
+    latents: Tensor
+    rewards: Tensor
+    log_weights: Tensor
+    log_z: Tensor
+    chosen: Tensor
+    images: list[Any] | None
+    trace: Trace
+    ledger: Ledger
+
+    def save(self, folder: str | Path) -> Path:
+        """Write images, weights and trace into a folder (made if missing), and return it."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, image in enumerate(self.images or []):
+            image.save(folder / f"{i:03d}.png")
+        torch.save({"samples": self.samples, "latents": self.latents, "log_weights": self.log_weights}, folder / "particles.pt")
+        record = {
+            "prompts": self.prompts,
+            "rewards": self.rewards.tolist(),
+            "log_weights": self.log_weights.tolist(),
+            "log_z": self.log_z.tolist(),
+            "chosen": self.chosen.tolist(),
+            "events": [
+                {"done": e.done, "rewards": e.rewards.tolist(), "ess": e.ess.tolist(), "ancestors": e.ancestors.tolist()}
+                for e in self.trace.events
+            ],
+            "ledger": self.ledger.as_dict(),
+        }
+        (folder / "run.json").write_text(json.dumps(record, indent=1))
+        return folder
+
+
+def estimate(sampler: Sampler | None, prompts: int, steps: int, guided: bool, rewarded: bool = True, chunk: int | None = None) -> Ledger:
+    """The counts that a run will have, before it runs: equal to what it then counts, the padding of blocks aside.
+
+    Args:
+        guided: classifier-free guidance doubles the evaluations.
+        chunk: rows in a block.
+    """
+    rows, events = (prompts, 1) if sampler is None else (prompts * sampler.particles, len(sampler.schedule(steps)))
+    return Ledger(
+        evaluations=rows * steps * (1 + guided),
+        forwards=steps * math.ceil(rows / (chunk or rows)),
+        decodes=rows * events,
+        reward_calls=rows * events if rewarded else 0,
+    )
+
+
+def run(
+    session: Session,
+    sampler: Sampler,
+    reward: Reward | None,
+    output: str = "best",
+    choice: Reward | None = None,
+    to_images: Callable[[Tensor], list[Any]] | None = None,
+    watch: Callable[[Info], None] | None = None,
+) -> SteeredOutput:
+    """Carry all rows from noise to clean, selecting at the sampler's events.
+
+    Args:
+        output: "best" by reward, "draw" from the weights, or "all" (then `chosen` is the best).
+        choice: another reward that makes the final choice; the weights stay those of `reward`.
+        watch: called with each event's `Info`.
+
+    Raises:
+        DiffsteerError: an unknown `output`, or what the reward refuses.
+        RewardError: a reward raised, or returned what is no reward.
+    """
+    if output not in OUTPUTS:
+        raise DiffsteerError(f"output={output!r} is unknown; valid: {', '.join(OUTPUTS)}")
+    ledger, started = session.ledger, time.perf_counter()
+    for r in (reward, choice):
+        if r is not None:
+            r.prepare(session.prompts, Context(0, session.steps, session.embedded))
+    problem = Problem(len(session.prompts), session.steps, session.last_noise, session.seed, session.ids)
+    scorer = Scorer(
+        reward, session.decoder, session.prompts, ledger, session.embedded, session.chunk, session.deterministic
+    )
+    select = Selection(sampler, problem, scorer, watch)
+    x, at = session.noise(), 0
+    for event in select.events:
+        with torch.no_grad():
+            arrival = session.segment(x, at, event)
+            x, at = select(event, arrival.x, arrival.x0), event
+    assert select.samples is not None
+    rewards, log_weights = select.infos[-1].rewards, select.state.log_weights
+    deciding = rewards if choice is None else scorer.score(select.samples, problem.steps, problem.steps, choice)
+    chosen = choose(output, deciding, log_weights, session.seed, session.ids)
+    groups = (problem.groups, session.particles)
+    samples = select.samples.view(*groups, *select.samples.shape[1:])
+    shown = samples.flatten(0, 1) if output == "all" else samples[torch.arange(problem.groups), chosen]
+    images = to_images(shown) if to_images is not None and session.decoder is not None else None
+    ledger.seconds["total"] = ledger.seconds.get("total", 0.0) + time.perf_counter() - started
+    ledger.close()
+    return SteeredOutput(
+        prompts=session.prompts,
+        samples=samples,
+        latents=x.view(*groups, *x.shape[1:]),
+        rewards=rewards,
+        log_weights=log_weights,
+        log_z=select.state.log_z,
+        chosen=chosen,
+        images=images,
+        trace=select.trace,
+        ledger=ledger,
+    )

@@ -1,0 +1,148 @@
+"""Scoring and selecting, shared by the session's loop (between segments) and by the drop-in scheduler (inside `step`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsteer.ledger import Ledger
+from diffsteer.particles import reindex
+from diffsteer.reward import Reward
+from diffsteer.rng import generator
+from diffsteer.types import Context, DiffsteerError, Info, Problem, RewardError, Sampler, Step, Trace
+
+Decode = Callable[[Tensor], Tensor]
+
+
+def blocks(rows: int, size: int | None, pad: bool) -> list[list[int]]:
+    """Row numbers in blocks of `size` (None: one block); with `pad` the last block repeats its last row up to full size."""
+    size = rows if size is None else size
+    parts = [list(range(i, min(i + size, rows))) for i in range(0, rows, size)]
+    if pad and parts:
+        parts[-1] += [parts[-1][-1]] * (size - len(parts[-1]))
+    return parts
+
+
+class Scorer:
+    """Latents to decoded samples to rewards, in blocks of rows, counted in the ledger.
+
+    Args:
+        reward: what to score with; None scores nothing.
+        decode: latents (N, ...) -> samples; None leaves latents as they are.
+        prompts: one a group. embedded: see `Context`.
+        chunk, pad: see `blocks`.
+    """
+
+    def __init__(
+        self,
+        reward: Reward | None,
+        decode: Decode | None,
+        prompts: Sequence[str],
+        ledger: Ledger,
+        embedded: bool = False,
+        chunk: int | None = None,
+        pad: bool = False,
+    ) -> None:
+        self.reward, self.decode_block, self.prompts, self.ledger = reward, decode, list(prompts), ledger
+        self.embedded, self.chunk, self.pad = embedded, chunk, pad
+        if reward is not None and reward.input == "pixels" and decode is None:
+            raise DiffsteerError(f'the reward {reward.name} looks at pixels, but decoder="none" gives it latents')
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(N, ...) latents -> (N, ...) samples, float32; the latents themselves without a decoder."""
+        if self.decode_block is None:
+            return latents
+        with self.ledger.timed("decode"):
+            parts = [self.decode_block(latents[rows]) for rows in blocks(len(latents), self.chunk, self.pad)]
+        self.ledger.decodes += len(latents)
+        return torch.cat(parts)[: len(latents)].float()
+
+    def score(self, samples: Tensor, done: int, steps: int, reward: Reward | None = None) -> Tensor:
+        """Rewards (P, K) in float64 of P * K samples, by `reward` or by the scorer's own."""
+        reward = reward or self.reward
+        groups = len(self.prompts)
+        if reward is None:
+            return torch.zeros(groups, len(samples) // groups, dtype=torch.float64)
+        texts = [p for p in self.prompts for _ in range(len(samples) // groups)]
+        ctx = Context(done, steps, self.embedded)
+        with self.ledger.timed("reward"), torch.no_grad():
+            scores = []
+            for rows in blocks(len(samples), self.chunk, self.pad):
+                scores.append(_score(reward, samples[rows], [texts[i] for i in rows], ctx))
+        self.ledger.reward_calls += len(samples)
+        return torch.cat(scores)[: len(samples)].double().cpu().view(groups, -1)
+
+
+class Selection:
+    """Runs a sampler over the events of one run."""
+
+    def __init__(
+        self, sampler: Sampler, problem: Problem, scorer: Scorer, watch: Callable[[Info], None] | None = None
+    ) -> None:
+        self.sampler, self.problem, self.scorer, self.watch = sampler, problem, scorer, watch
+        self.events = sampler.schedule(problem.steps)
+        self.state: Any = sampler.init(problem)
+        self.infos: list[Info] = []
+        self.samples: Tensor | None = None  # of the last event
+
+    @property
+    def trace(self) -> Trace:
+        """The events so far."""
+        return Trace(tuple(self.infos))
+
+    def __call__(self, done: int, x: Tensor, x0: Tensor) -> Tensor:
+        """Select at an event. x, x0: (P * K, ...), the states and the clean estimates. Returns the states that live on."""
+        final = done == self.problem.steps
+        self.samples = self.scorer.decode(x if final else x0)
+        rewards = self.scorer.score(self.samples, done, self.problem.steps)
+        with self.scorer.ledger.timed("select"):
+            self.state, info = self.sampler.apply(self.state, Step(done, final, rewards))
+            self.infos.append(info)
+            if bool(info.resampled.any()):
+                grouped = x.view(self.problem.groups, -1, *x.shape[1:])
+                x = reindex(grouped, info.ancestors).view_as(x)
+        if self.watch is not None:
+            self.watch(info)
+        return x
+
+
+def choose(output: str, rewards: Tensor, log_weights: Tensor, seed: int, ids: Sequence[Any]) -> Tensor:
+    """The chosen particle of each group, (P,).
+
+    "best" is the highest reward (the first of equals; NaN never), "draw" one draw from the weights.
+    """
+    if output == "draw":
+        draws = [
+            torch.multinomial(w.exp(), 1, generator=generator(seed, id, "draw"))[0]
+            for w, id in zip(log_weights, ids, strict=True)
+        ]
+        return torch.stack(draws)
+    return rewards.nan_to_num(nan=float("-inf")).argmax(1)
+
+
+def _score(reward: Reward, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
+    try:
+        scores = reward.score(samples, prompts, ctx)
+    except DiffsteerError:
+        raise
+    except Exception as error:
+        culprit = next((p for s, p in zip(samples, prompts, strict=True) if _raises(reward, s, p, ctx)), prompts[0])
+        where = f"for the prompt {culprit!r} after step {ctx.done} of {ctx.steps}"
+        raise RewardError(f"the reward {reward.name} raised {type(error).__name__} {where}: {error}") from error
+    if scores.shape != (len(samples),):
+        raise RewardError(f"the reward {reward.name} returned shape {tuple(scores.shape)} for {len(samples)} samples; wanted ({len(samples)},)")
+    if bool((scores == float("inf")).any()):
+        worst = prompts[int((scores == float("inf")).nonzero()[0])]
+        raise RewardError(f"the reward {reward.name} is +inf for the prompt {worst!r} after step {ctx.done} of {ctx.steps}")
+    return scores
+
+
+def _raises(reward: Reward, sample: Tensor, prompt: str, ctx: Context) -> bool:
+    try:
+        reward.score(sample[None], [prompt], ctx)
+    except Exception:
+        return True
+    return False

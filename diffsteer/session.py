@@ -1,0 +1,121 @@
+"""The primitive: a session holds one set of conditions over one backend and carries rows of latents from level to level."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffsteer import rng
+from diffsteer.algebra import Level, noise_std
+from diffsteer.ledger import Ledger
+from diffsteer.rng import Id
+from diffsteer.selection import blocks
+
+
+class Arrival(NamedTuple):
+    """Where a segment ends: the states `x` there and the clean estimates `x0` of its last step, each (N, ...)."""
+
+    x: Tensor
+    x0: Tensor
+
+
+class Session(ABC):
+    """Conditions (prompts and call arguments) over a backend.
+
+    Rows are numbered prompt-major: row = p * K + k. Each is keyed by its prompt's id and its slot k, so its noise does not depend
+    on the other rows. Rows run in blocks of at most `chunk`, a segment each; with `deterministic` every block has exactly
+    `chunk` rows (8 unless said), the last one padded, so that a row's bits do not depend on how many others there are.
+
+    Attributes:
+        steps: T. levels: T + 1 of them, from noise to clean. shape: of one row.
+    """
+
+    steps: int
+    levels: list[Level]
+    shape: tuple[int, ...]
+    decoder: Callable[[Tensor], Tensor] | None
+    embedded: bool = False
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        particles: int,
+        seed: int,
+        ids: Sequence[Id] | None = None,
+        eta: float = 1.0,
+        chunk: int | None = None,
+        deterministic: bool = False,
+    ) -> None:
+        self.prompts, self.particles, self.seed, self.eta = list(prompts), particles, seed, eta
+        self.ids = tuple(range(len(self.prompts)) if ids is None else ids)
+        if len(self.ids) != len(self.prompts) or len(set(self.ids)) != len(self.ids):
+            raise ValueError(f"{len(self.prompts)} prompts need as many distinct ids, not {list(self.ids)}")
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk={chunk}; at least one row must fit a block")
+        self.chunk = 8 if deterministic and chunk is None else chunk
+        self.deterministic = deterministic
+        self.ledger = Ledger()
+
+    @property
+    def rows(self) -> int:
+        """P * K."""
+        return len(self.prompts) * self.particles
+
+    @property
+    def last_noise(self) -> int:
+        """The index of the last transition that adds noise, -1 if none does."""
+        pairs = zip(self.levels[:-1], self.levels[1:], strict=True)
+        return max((k for k, (a, b) in enumerate(pairs) if float(noise_std(a, b, self.eta)) > 0), default=-1)
+
+    def key(self, row: int) -> tuple[Id, int]:
+        """A row's prompt id and slot."""
+        return self.ids[row // self.particles], row % self.particles
+
+    def noise(self, rows: Sequence[int] | None = None) -> Tensor:
+        """Keyed first states of the given rows (default: all), (N, *shape), at the level the chain starts from."""
+        keys = [self.key(r) for r in (range(self.rows) if rows is None else rows)]
+        return self._scale_noise(rng.normal(self.seed, keys, 0, "start", self.shape))
+
+    def step_noise(self, rows: Sequence[int], index: int) -> Tensor:
+        """The keyed noise of one transition, (N, *shape)."""
+        return rng.normal(self.seed, [self.key(r) for r in rows], index, "step", self.shape)
+
+    def segment(self, x: Tensor, start: int, stop: int, rows: Sequence[int] | None = None) -> Arrival:
+        """Carry states from grid index `start` to `stop`.
+
+        Args:
+            x: (N, *shape) at level `start`.
+            rows: which rows they are; default all. Any subset, in any order, may be carried.
+
+        Raises:
+            ValueError: indices that are no part of the grid, or a wrong number of states.
+        """
+        rows = list(range(self.rows) if rows is None else rows)
+        if not 0 <= start < stop <= self.steps or len(x) != len(rows):
+            raise ValueError(f"cannot carry {len(x)} states as {len(rows)} rows from {start} to {stop} of {self.steps} steps")
+        arrivals = []
+        for block in blocks(len(rows), self.chunk, self.deterministic):
+            before = self.ledger.evaluations
+            arrival = self._segment(x[block], start, stop, [rows[i] for i in block])
+            real = len(set(block))
+            if real < len(block):
+                padding = (self.ledger.evaluations - before) * (len(block) - real) // len(block)
+                self.ledger.evaluations -= padding
+                self.ledger.padding += padding
+            arrivals.append(Arrival(arrival.x[:real], arrival.x0[:real]))
+        return Arrival(torch.cat([a.x for a in arrivals]), torch.cat([a.x0 for a in arrivals]))
+
+    def close(self) -> None:
+        """Give back what the session holds."""
+
+    @abstractmethod
+    def _segment(self, x: Tensor, start: int, stop: int, rows: Sequence[int]) -> Arrival:
+        """One block."""
+
+    @abstractmethod
+    def _scale_noise(self, noise: Tensor) -> Tensor:
+        """Standard normal noise as the first state."""

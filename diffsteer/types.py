@@ -1,0 +1,133 @@
+"""The nouns that methods, rewards and backends share. Nothing here knows a method, a reward or a model.
+
+Rows are indexed (prompt, particle): P prompts with K particles each, prompt-major, row = p * K + k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from diffsteer.rng import Id
+
+
+class DiffsteerError(Exception):
+    """Something the user can mend: one line that says what is wrong, where, and what is valid."""
+
+
+class UnsupportedError(DiffsteerError):
+    """A pipeline, scheduler or combination that cannot do what is asked, refused by name before any work is done."""
+
+
+class RewardError(DiffsteerError):
+    """A reward raised or returned something that is no reward; the message names the reward, the prompt and the step."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a sampler is asked to steer.
+
+    Attributes:
+        groups: P.
+        steps: T, the number of transitions of the chain.
+        last_noise: the index of the last transition that adds noise, -1 if none does. Copies made after it never part.
+        seed, ids: the key of the randomness and one id a prompt.
+    """
+
+    groups: int
+    steps: int
+    last_noise: int
+    seed: int
+    ids: tuple[Id, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a sampler is shown at an event: `done` transitions lie behind, `rewards` (P, K) are those of the clean
+    estimates of the last transition, or at the end (`final`) of the samples themselves."""
+
+    done: int
+    final: bool
+    rewards: Tensor
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a person wants to see of an event. (P, K) unless said; `exponent` is lambda, (P,)."""
+
+    done: int
+    rewards: Tensor
+    log_weights: Tensor
+    ess: Tensor  # (P,), before resampling
+    ancestors: Tensor
+    resampled: Tensor  # (P,) bool
+    exponent: Tensor
+
+
+class SamplerState(Protocol):
+    """What every sampler's state offers."""
+
+    log_weights: Tensor
+    log_z: Tensor
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """A steering method: parameters as dataclass fields, facts as class attributes, pure functions.
+
+    `schedule` says after how many transitions it wants rewards (the end, `steps`, is always among them); `init` makes the
+    first state; `apply` maps a state and what an event shows to the next state, without changing anything in place.
+    """
+
+    name: ClassVar[str]
+    exact: ClassVar[bool]
+    needs_grad: ClassVar[bool]
+    source: ClassVar[str]
+    particles: int
+    eta: float
+
+    def schedule(self, steps: int) -> tuple[int, ...]: ...
+
+    def init(self, problem: Problem) -> Any: ...
+
+    def apply(self, state: Any, step: Step) -> tuple[Any, Info]: ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a reward may want to know beside samples and prompts.
+
+    Attributes:
+        done, steps: the transitions behind and in all; ``done == steps`` for finished samples.
+        embedded: the model is one that ships with diffsteer, whose vocabulary is that of its word list.
+    """
+
+    done: int = 0
+    steps: int = 0
+    embedded: bool = False
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The record of a run: one `Info` an event, in order."""
+
+    events: tuple[Info, ...] = field(default=())
+
+    @property
+    def ancestors(self) -> list[Tensor]:
+        """The ancestors (P, K) chosen at each event."""
+        return [info.ancestors for info in self.events]
+
+    def lineage(self) -> Tensor:
+        """For every event, which of the first particles each particle descends from: (events + 1, P, K)."""
+        import torch
+
+        if not self.events:
+            raise ValueError("a run without events has no lineage")
+        groups, particles = self.events[0].ancestors.shape
+        roots = [torch.arange(particles).expand(groups, particles)]
+        for info in self.events:
+            roots.append(roots[-1].gather(1, info.ancestors))
+        return torch.stack(roots)

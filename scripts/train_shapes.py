@@ -1,0 +1,365 @@
+"""Trains the embedded shapes models, stage by stage, and saves them in diffusers' and open_clip's own formats.
+
+    python scripts/train_shapes.py data --work DIR      render the training scenes          (2 min)
+    python scripts/train_shapes.py vae --work DIR       the autoencoder                     (15 min on one core)
+    python scripts/train_shapes.py latents --work DIR   encode the scenes, fold the scaling (3 min)
+    python scripts/train_shapes.py unet --work DIR      text encoder and UNet               (60 min on one core)
+    python scripts/train_shapes.py clip --work DIR      the miniature CLIP                  (40 min on one core)
+    python scripts/train_shapes.py export --work DIR    fp16 safetensors into diffsteer/shapes/weights
+
+Every stage keeps a checkpoint in DIR and goes on from it when it is started again; batches are keyed by the step, so an
+interrupted training sees what an undisturbed one sees. Set OMP_NUM_THREADS=1 and run `vae` and `clip` side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffsteer.shapes.grammar import TASKS, one_attribute_changed, parse
+from diffsteer.shapes.models import WEIGHTS
+from diffsteer.shapes.scene import Scene, caption, describes, render, sample_scene, scene_of
+from diffsteer.shapes.tokenizer import CONTEXT, make_tokenizer
+
+SCENES, ENCODED = 80_000, 48_000  # the autoencoder sees all, the painter the first of them
+VAE_STEPS, SHARP_STEPS, UNET_STEPS, CLIP_STEPS = 3_000, 4_500, 8_000, 5_000
+
+
+# ---------------------------------------------------------------------------------------------------- the networks
+
+
+@functools.cache
+def load_tokenizer(folder: Path):  # type: ignore[no-untyped-def]
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def tokenize(folder: Path, captions: list[str]) -> Tensor:
+    batch = load_tokenizer(folder)(captions, padding="max_length", max_length=CONTEXT, truncation=True, return_tensors="pt")
+    return batch.input_ids
+
+
+def make_vae() -> nn.Module:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=64,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    )
+
+
+class Painter(nn.Module):
+    """Text encoder and UNet, trained as one: predicts the noise from noisy latents, timesteps and token ids."""
+
+    def __init__(self, vocab: int) -> None:
+        from diffusers import UNet2DConditionModel
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        super().__init__()
+        self.text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=vocab,
+                hidden_size=96,
+                intermediate_size=384,
+                projection_dim=96,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=CONTEXT,
+                pad_token_id=0,
+                bos_token_id=vocab - 2,
+                eos_token_id=vocab - 1,
+            )
+        )
+        self.unet = UNet2DConditionModel(
+            sample_size=16,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=96,
+            attention_head_dim=4,
+            norm_num_groups=8,
+        )
+
+    def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        words = self.text_encoder(ids).last_hidden_state
+        return self.unet(x, t, encoder_hidden_states=words).sample
+
+
+def clip_config(vocab: int) -> dict[str, object]:
+    """An open_clip model configuration; `hf_tokenizer_name` only has to be non-empty, the files beside it are read."""
+    return {
+        "embed_dim": 96,
+        "vision_cfg": {"image_size": 64, "layers": 4, "width": 128, "head_width": 32, "patch_size": 8},
+        "text_cfg": {
+            "context_length": CONTEXT,
+            "vocab_size": vocab,
+            "width": 96,
+            "heads": 4,
+            "layers": 3,
+            "hf_tokenizer_name": "shapes",
+            "tokenizer_kwargs": {"clean": "lower"},
+        },
+    }
+
+
+def make_clip(folder: Path) -> nn.Module:
+    import open_clip
+
+    folder.mkdir(parents=True, exist_ok=True)
+    make_tokenizer().save_pretrained(folder)
+    vocab = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
+    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": clip_config(vocab), "preprocess_cfg": preprocess}, indent=2)
+    )
+    return open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+
+
+# ----------------------------------------------------------------------------------------------------- the training
+
+
+def train(
+    name: str, work: Path, model: nn.Module, loss_of: Callable[[int], Tensor], steps: int, lr: float, decay: float = 0.999
+) -> nn.Module:
+    """AdamW with a one-cycle rate; returns the weights averaged (exponentially) over the second half."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-3, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    average, path = copy.deepcopy(model), work / f"{name}.ckpt"
+    start, seconds = 0, 0.0
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        model.load_state_dict(saved["model"])
+        average.load_state_dict(saved["average"])
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        start, seconds = saved["step"], saved["seconds"]
+    model.train()
+    clock, recent, saved_at = time.time() - seconds, [], time.time()
+    for step in range(start, steps):
+        torch.manual_seed(step)
+        loss = loss_of(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            keep = decay if step > steps // 2 else 0.0
+            for a, b in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+                a.lerp_(b, 1 - keep) if a.is_floating_point() else a.copy_(b)
+        recent = [*recent[-99:], loss.item()]
+        if step % 100 == 99 or step + 1 == steps:
+            print(f"{name} {step + 1}/{steps} loss {np.mean(recent):.4f} {time.time() - clock:.0f} s", flush=True)
+        if time.time() - saved_at > 120 or step + 1 == steps:
+            saved_at = time.time()
+            state = {"model": model.state_dict(), "average": average.state_dict(), "step": step + 1, "seconds": time.time() - clock}
+            torch.save(state | {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, path.with_suffix(".new"))
+            path.with_suffix(".new").replace(path)
+    return average.eval()
+
+
+def pixels(images: list[np.ndarray] | np.ndarray) -> Tensor:
+    return torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2).float() / 255
+
+
+def stage_data(work: Path) -> None:
+    images = np.lib.format.open_memmap(work / "images.npy", "w+", np.uint8, (SCENES, 64, 64, 3))
+    captions = []
+    for i in range(SCENES):
+        scene = sample_scene(TASKS[i % len(TASKS)], np.random.default_rng((1, i)), pairs="seen")
+        images[i] = np.asarray(render(scene))
+        captions.append(caption(scene))
+    (work / "captions.txt").write_text("\n".join(captions))
+
+
+def stage_vae(work: Path) -> None:
+    """Two rounds: all pixels alike, then smaller batches in which objects weigh more than the plain background."""
+    images, vae = np.load(work / "images.npy", mmap_mode="r"), make_vae()
+
+    def loss_with(batch: int, emphasis: float, kl_weight: float) -> Callable[[int], Tensor]:
+        def loss_of(step: int) -> Tensor:
+            rows = np.random.default_rng((2, batch, step)).integers(0, len(images), batch)
+            x = pixels(images[np.sort(rows)]) * 2 - 1
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                posterior = vae.encode(x).latent_dist
+                y = vae.decode(posterior.sample()).sample
+            error = y.float() - x
+            mean, logvar = posterior.mean.float(), posterior.logvar.float()
+            kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar)
+            background = x.flatten(2).median(2).values[:, :, None, None]
+            weight = 1 + emphasis * ((x - background).abs().amax(1, keepdim=True) > 0.1)
+            return (weight * (error.abs() + error.square())).mean() + kl_weight * kl.mean()
+
+        return loss_of
+
+    vae.load_state_dict(train("vae", work, vae, loss_with(16, 0.0, 5e-4), VAE_STEPS, 2e-3).state_dict())
+    torch.save(train("vae_sharp", work, vae, loss_with(8, 4.0, 1e-4), SHARP_STEPS, 1.5e-3).state_dict(), work / "vae.pt")
+
+
+@torch.no_grad()
+def stage_latents(work: Path) -> None:
+    """Encode all scenes; then fold the per-channel normalisation into the 1x1 convolutions around the latents."""
+    images, vae = np.load(work / "images.npy", mmap_mode="r"), make_vae().eval()
+    vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True))
+    chunks = [images[i : i + 100] for i in range(0, ENCODED, 100)]
+    z = torch.cat([vae.encode(pixels(c) * 2 - 1).latent_dist.mean for c in chunks])
+    mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
+    print("latent mean", mean.tolist(), "std", std.tolist())
+    w, b = vae.quant_conv.weight, vae.quant_conv.bias
+    w[:4] /= std[:, None, None, None]
+    b[:4] = (b[:4] - mean) / std
+    b[4:] -= 2 * std.log()
+    vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
+    vae.post_quant_conv.weight *= std[None, :, None, None]
+    torch.save(vae.state_dict(), work / "vae_folded.pt")
+    torch.save(((z - mean[:, None, None]) / std[:, None, None]).half(), work / "latents.pt")
+
+
+def stage_unet(work: Path) -> None:
+    from diffusers import DDIMScheduler
+
+    make_tokenizer().save_pretrained(work / "tokenizer")
+    ids = tokenize(work / "tokenizer", (work / "captions.txt").read_text().split("\n")[:ENCODED])
+    empty = tokenize(work / "tokenizer", [""])
+    latents, painter = torch.load(work / "latents.pt", weights_only=True), Painter(int(ids.max()) + 1)
+    noising = DDIMScheduler(**SCHEDULE)
+
+    def loss_of(step: int) -> Tensor:
+        rng = torch.Generator().manual_seed(step)
+        rows = torch.randint(len(latents), (48,), generator=rng)
+        x, noise = latents[rows].float(), torch.randn(48, 4, 16, 16, generator=rng)
+        t = torch.randint(1000, (48,), generator=rng)
+        dropped = torch.rand(48, 1, generator=rng) < 0.1
+        return F.mse_loss(painter(noising.add_noise(x, noise, t), t, torch.where(dropped, empty, ids[rows])), noise)
+
+    torch.save(train("unet", work, painter, loss_of, UNET_STEPS, 2e-3).state_dict(), work / "unet.pt")
+
+
+SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": True,
+    "steps_offset": 1,
+}
+
+
+def degrade(x: Tensor, rng: np.random.Generator) -> Tensor:
+    """Half of the images blurred, faded and noised, as the estimates halfway through a sampling are. (N, 3, 64, 64) in [0, 1]."""
+    out = []
+    for image in x:
+        if rng.random() < 0.4:
+            small = int(rng.choice([12, 16, 24, 32]))
+            image = F.interpolate(F.interpolate(image[None], size=small, mode="area"), size=64, mode="bilinear")[0]
+        if rng.random() < 0.3:
+            image = image.mean((1, 2), keepdim=True).lerp(image, float(rng.uniform(0.5, 1)))
+        if rng.random() < 0.4:
+            grain = torch.randn(1, 3, *(int(rng.choice([16, 32, 64])),) * 2)
+            image = image + float(rng.uniform(0.02, 0.15)) * F.interpolate(grain, size=64, mode="bilinear")[0]
+        out.append(image.clamp(0, 1))
+    return torch.stack(out)
+
+
+def clip_batch(step: int, pairs: int) -> tuple[list[Scene], list[str], np.random.Generator]:
+    """`pairs` scenes and for each a twin that differs in one attribute, then the captions and as many hard negatives, three a scene."""
+    rng = np.random.default_rng((3, step))
+    scenes = []
+    for i in range(pairs):
+        scene = sample_scene(TASKS[i % len(TASKS)], rng, pairs="seen")
+        twins = one_attribute_changed(scene.statement)
+        scenes += [scene, scene_of(twins[rng.integers(len(twins))], rng)]
+    texts = [caption(s) for s in scenes]
+    for scene in scenes:
+        negatives = one_attribute_changed(scene.statement)
+        texts += [str(negatives[i]) for i in rng.permutation(len(negatives))[:3]]
+    return scenes, texts, rng
+
+
+def stage_clip(work: Path, name: str = "clip") -> None:
+    clip = make_clip(work / name)
+
+    def loss_of(step: int) -> Tensor:
+        scenes, texts, rng = clip_batch(step, 32)
+        statements = [parse(text) for text in texts]
+        true = torch.tensor([[describes(s, scene) for s in statements] for scene in scenes])
+        images = degrade(pixels([np.asarray(render(s)) for s in scenes]), rng)
+        ids = tokenize(work / name, texts)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            image = clip.encode_image((images - 0.5) / 0.5).float()
+        image, text = F.normalize(image, dim=-1), F.normalize(clip.encode_text(ids), dim=-1)
+        logits = clip.logit_scale.exp().clamp(max=100) * image @ text.T
+        own = torch.eye(*logits.shape, dtype=torch.bool)
+        logits = logits.masked_fill(true & ~own, -1e4)  # another caption that is true of the image is no negative
+        n = len(scenes)
+        return (F.cross_entropy(logits, torch.arange(n)) + F.cross_entropy(logits[:, :n].T, torch.arange(n))) / 2
+
+    torch.save(train(name, work, clip, loss_of, CLIP_STEPS, 1e-3).state_dict(), work / f"{name}.pt")
+
+
+# ------------------------------------------------------------------------------------------------------- the saving
+
+
+def stage_export(work: Path, out: Path = WEIGHTS) -> None:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from safetensors.torch import save_file
+    from transformers import CLIPTokenizer
+
+    vae, ids = make_vae(), tokenize(work / "tokenizer", [""])
+    vae.load_state_dict(torch.load(work / "vae_folded.pt", weights_only=True))
+    painter = Painter(int(ids.max()) + 1)
+    painter.load_state_dict(torch.load(work / "unet.pt", weights_only=True))
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=painter.text_encoder,
+        tokenizer=CLIPTokenizer.from_pretrained(work / "tokenizer"),
+        unet=painter.unet,
+        scheduler=DDIMScheduler(**SCHEDULE),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    shutil.rmtree(out / "sd", ignore_errors=True)
+    pipe.to(torch.float16).save_pretrained(out / "sd", safe_serialization=True)
+    config = out / "sd" / "text_encoder" / "config.json"
+    # A plain load would keep the stored half precision of this part alone, and crash beside a float32 UNet.
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2))
+    shutil.rmtree(out / "clip", ignore_errors=True)
+    shutil.copytree(work / "clip", out / "clip")
+    weights = {k: v.half().contiguous() for k, v in torch.load(work / "clip.pt", weights_only=True).items()}
+    save_file(weights, out / "clip" / "open_clip_model.safetensors")
+    print(sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6, "MB")
+
+
+STAGES = {f.__name__.removeprefix("stage_"): f for f in (stage_data, stage_vae, stage_latents, stage_unet, stage_clip, stage_export)}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--work", type=Path, required=True, help="folder for data and checkpoints")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    STAGES[arguments.stage](arguments.work)

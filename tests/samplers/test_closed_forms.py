@@ -1,0 +1,152 @@
+"""Weighted particles against exact laws of the discretised chain, and planted bugs that must be seen."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffsteer import SteeredPipeline
+from diffsteer.callable import CallableSession
+from diffsteer.run import SteeredOutput
+from diffsteer.samplers import FeynmanKac
+from diffsteer.samplers.feynman_kac import POTENTIALS, State
+from diffsteer.resampling import SCHEMES
+from diffsteer.toy import GaussianMixture, chain_law
+from diffsteer.types import Info, Step
+
+SCALE, STEPS = 1.0, 12
+ONE = GaussianMixture([0.3], [0.8])
+TWO = GaussianMixture([-1.0, 0.8], [0.35, 0.5], [0.6, 0.4])
+
+
+def position(x: Tensor, prompts: object) -> Tensor:
+    return x[:, 0]
+
+
+def run(sampler: FeynmanKac, groups: int, mixture: GaussianMixture = ONE, path: str = "vp", seed: int = 0) -> SteeredOutput:
+    prediction = {"vp": "eps", "edm": "x0", "flow": "velocity"}[path]
+    return SteeredPipeline(mixture.model(path, prediction), sampler, position)([""] * groups, num_inference_steps=STEPS, seed=seed)
+
+
+def plain_law(path: str = "vp", eta: float = 1.0) -> tuple[float, float]:
+    session = CallableSession(ONE.model(path, "x0"), [""], num_inference_steps=STEPS, particles=1, seed=0)
+    return chain_law(ONE, session.levels, eta, float(session.levels[0].sigma))
+
+
+def ratio(out: SteeredOutput, values: Tensor) -> tuple[float, float]:
+    """sum_g Z_g f_g / sum_g Z_g with f_g the weighted mean of `values` (P, K) in a group, and its standard error."""
+    z = (out.log_z - out.log_z.max()).exp()
+    f = (out.log_weights.exp() * values).sum(1)
+    estimate = (z * f).sum() / z.sum()
+    return float(estimate), float((z * (f - estimate)).square().sum().sqrt() / z.sum())
+
+
+def deviations(out: SteeredOutput, path: str = "vp", eta: float = 1.0) -> tuple[list[float], list[float]]:
+    """Deviations from the exact tilted law, in standard errors, of the mean, the second moment and E[Z]; and relative errors."""
+    mean, variance = plain_law(path, eta)
+    tilted, x = mean + SCALE * variance, out.samples[..., 0].double()
+    first, first_error = ratio(out, x)
+    second, second_error = ratio(out, (x - tilted) ** 2)
+    z, exact_z = out.log_z.exp(), math.exp(SCALE * mean + SCALE**2 * variance / 2)
+    z_error = float(z.std() / len(z) ** 0.5)
+    sds = [(first - tilted) / first_error, (second - variance) / second_error, (float(z.mean()) - exact_z) / z_error]
+    return sds, [first_error / variance**0.5, second_error / variance, z_error / exact_z]
+
+
+def fixed(potential: str = "difference", **options: object) -> FeynmanKac:
+    return FeynmanKac(4, potential, scale=SCALE, target_ess=None, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("potential", "resampling"), [("difference", "systematic"), ("max", "ssp"), ("sum", "residual"), ("immediate", "killing")])
+def test_tilted_law_short(potential: str, resampling: str) -> None:
+    sds, _ = deviations(run(fixed(potential, resampling=resampling), 1500))
+    assert max(map(abs, sds)) < 4, sds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resampling", SCHEMES)
+@pytest.mark.parametrize("potential", POTENTIALS)
+def test_tilted_law(potential: str, resampling: str) -> None:
+    groups = 30_000 if potential == "sum" else 12_000
+    sds, errors = deviations(run(fixed(potential, resampling=resampling), groups))
+    assert max(map(abs, sds)) < 4, sds
+    assert errors[0] < 0.01, errors
+
+
+@pytest.mark.parametrize("path", ["edm", "flow"])
+@pytest.mark.parametrize("eta", [1.0, 0.5])
+def test_other_paths(path: str, eta: float) -> None:
+    sds, _ = deviations(run(fixed(eta=eta), 1500, path=path), path, eta)
+    assert max(map(abs, sds)) < 4, sds
+
+
+@pytest.mark.parametrize("trigger", ["ess", "always"])
+def test_normaliser_is_unbiased(trigger: str) -> None:
+    sds, errors = deviations(run(fixed(trigger=trigger, events="all"), 2000, seed=1))
+    assert abs(sds[2]) < 4 and errors[2] < 0.05, (sds, errors)
+
+
+@pytest.mark.parametrize("potential", POTENTIALS)
+def test_mixture_agrees_with_importance_weights(potential: str) -> None:
+    """On a mixture the chain is not linear: many independent chains, weighted at the end, are the reference."""
+    reference = run(FeynmanKac(1, scale=0.0, target_ess=None), 20_000, TWO, seed=5).samples[:, 0, 0].double()
+    weights = (SCALE * reference).softmax(0)
+    exact = float((weights * reference).sum())
+    exact_error = float((weights * (reference - exact)).square().sum().sqrt())
+    estimate, error = ratio(out := run(fixed(potential), 1500, TWO, seed=6), out.samples[..., 0].double())
+    assert abs(estimate - exact) < 4 * math.hypot(error, exact_error)
+
+
+def test_many_particles_need_no_averaging() -> None:
+    mean, variance = plain_law()
+    out = run(FeynmanKac(4000, scale=SCALE, target_ess=None), 1)
+    estimate = float((out.log_weights.exp() * out.samples[..., 0]).sum())
+    assert abs(estimate - mean - SCALE * variance) < 0.1
+    assert abs(float(out.log_z) - SCALE * mean - SCALE**2 * variance / 2) < 0.1
+
+
+# ------------------------------------------------------------------------------------------------- planted bugs
+
+
+class DroppedWeights(FeynmanKac):
+    """Weights forgotten at events without resampling, the reference implementation's adaptive mode."""
+
+    def apply(self, state: State, step: Step) -> tuple[State, Info]:
+        return super().apply(replace(state, log_weights=torch.zeros_like(state.log_weights) - math.log(self.particles)), step)
+
+
+class WrongFinalCorrection(FeynmanKac):
+    """The last potential is that of the running statistic instead of the final reward."""
+
+    def apply(self, state: State, step: Step) -> tuple[State, Info]:
+        update = POTENTIALS[self.potential]
+        assert update is not None
+        shown = replace(step, rewards=update(state.statistic, step.rewards)) if step.final else step
+        return super().apply(state, shown)
+
+
+class WeightsNotPermuted(FeynmanKac):
+    """Accumulated potentials that do not follow the ancestors."""
+
+    def apply(self, state: State, step: Step) -> tuple[State, Info]:
+        after, info = super().apply(state, step)
+        assert self.potential == "difference" and self.scale is not None
+        return replace(after, log_potential=self.scale * info.rewards), info
+
+
+@pytest.mark.parametrize(
+    ("bug", "options"),
+    [
+        (DroppedWeights, {"events": "all", "threshold": 0.6}),
+        (WrongFinalCorrection, {"potential": "max"}),
+        (WrongFinalCorrection, {"potential": "sum"}),
+        (WeightsNotPermuted, {"trigger": "always"}),
+    ],
+)
+def test_planted_bugs_are_seen(bug: type[FeynmanKac], options: dict[str, object]) -> None:
+    sds, _ = deviations(run(bug(4, scale=SCALE, target_ess=None, **options), 3000))  # type: ignore[arg-type]
+    assert max(map(abs, sds)) > 8, sds
