@@ -88,6 +88,8 @@ class Steering:
         """The keyed noise of one transition, (N, ...)."""
         if self.seed is None:
             self.seed = _seed_of(generator)
+        if self.selection is None:
+            self._open(len(self.scheduler.timesteps), len(sample))
         keys = [(id, k) for id in self.ids for k in range(self.sampler.particles)]
         return rng.normal(self.seed, keys, index, "step", sample.shape[1:])
 

@@ -96,6 +96,7 @@ class SteeredPipeline:
         ids: Sequence[int | str] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         latents: Tensor | None = None,
+        reward_prompts: Sequence[str] | None = None,
         watch: Callable[[Info], None] | None = None,
         **call: Any,
     ) -> SteeredOutput:
@@ -107,6 +108,7 @@ class SteeredPipeline:
             ids: one id a prompt, which keys its noise; default: its index. A prompt with its id gives the same result in any batch.
             negative_prompt: one for all, or P.
             latents: first states, (P * K, C, h, w), prompt-major, as the pipeline takes them.
+            reward_prompts: P texts for the reward, where it is to ask for something else than the prompts say.
             watch: called with the `Info` of each event.
             call: the pipeline's own arguments (guidance_scale, height, callback_on_step_end, ...). Embedded models bring
                 the guidance scale and the steps that are best for them as defaults.
@@ -117,13 +119,16 @@ class SteeredPipeline:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise DiffsteerError("no prompts: give at least one")
+        asked = prompts if reward_prompts is None else list(reward_prompts)
+        if len(asked) != len(prompts):
+            raise DiffsteerError(f"{len(asked)} reward_prompts for {len(prompts)} prompts; give one each")
         if seed is not None and generator is not None:
             raise DiffsteerError("give seed= or generator=, not both")
         if generator is None:
             generator = torch.Generator("cpu").manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
         options: dict[str, Any] = {"num_inference_steps": num_inference_steps} if num_inference_steps else {}
         if self.sampler is None:
-            return self._plain(prompts, generator, negative_prompt, latents, options | call)
+            return self._plain(prompts, asked, generator, negative_prompt, latents, options | call)
         keys = {
             "particles": self.sampler.particles,
             "seed": generator.initial_seed(),
@@ -137,7 +142,7 @@ class SteeredPipeline:
                 extra = [*call, *(["negative_prompt"] if negative_prompt else []), *(["latents"] if latents is not None else [])]
                 raise DiffsteerError(f"a CallableModel takes no argument {extra[0]!r}")
             session: Session = CallableSession(self.pipe, prompts, **options, **keys)
-            return run(session, self.sampler, self.reward, self.output, self.choice, watch=watch)
+            return run(session, self.sampler, self.reward, self.output, self.choice, asked, watch=watch)
         from diffsteer.backend import DiffusersSession, as_images
 
         session = DiffusersSession(
@@ -150,7 +155,7 @@ class SteeredPipeline:
             **options,
             **keys,
         )
-        return run(session, self.sampler, self.reward, self.output, self.choice, as_images, watch)
+        return run(session, self.sampler, self.reward, self.output, self.choice, asked, as_images, watch)
 
     def estimate(self, prompts: int = 1, num_inference_steps: int | None = None, guidance_scale: float | None = None) -> Ledger:
         """What a call with so many prompts will count."""
@@ -169,7 +174,13 @@ class SteeredPipeline:
         return estimate(self.sampler, prompts, steps, guided, self.reward is not None, chunk)
 
     def _plain(
-        self, prompts: list[Any], generator: torch.Generator, negative_prompt: Any, latents: Tensor | None, call: dict[str, Any]
+        self,
+        prompts: list[Any],
+        asked: list[str],
+        generator: torch.Generator,
+        negative_prompt: Any,
+        latents: Tensor | None,
+        call: dict[str, Any],
     ) -> SteeredOutput:
         """The user's own pipeline, scheduler and generator; only counted, and scored at the end."""
         if isinstance(self.pipe, CallableModel):
@@ -184,16 +195,15 @@ class SteeredPipeline:
         embedded = is_embedded(self.pipe)
         for reward in (self.reward, self.choice):
             if reward is not None:
-                reward.prepare(prompts, Context(embedded=embedded))
+                reward.prepare(asked, Context(embedded=embedded))
         shadow = copy.copy(self.pipe)
         shadow.scheduler = copy.deepcopy(self.pipe.scheduler)
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
         call = recommended(self.pipe) | call | {"negative_prompt": negatives, "latents": latents, "output_type": "latent"}
         with watching(Watch(ledger), self.pipe.unet):
             x = shadow(prompts, generator=generator, **call).images
-        scorer = Scorer(
-            self.reward, vae_decoder(self.pipe) if self.decoder == "full" else None, prompts, ledger, embedded, None
-        )
+        decode = vae_decoder(self.pipe) if self.decoder == "full" else None
+        scorer = Scorer(self.reward, decode, asked, ledger, embedded)
         samples = scorer.decode(x)
         steps = shadow._num_timesteps
         rewards = scorer.score(samples, steps, steps)

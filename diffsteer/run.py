@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,7 @@ def run(
     reward: Reward | None,
     output: str = "best",
     choice: Reward | None = None,
+    asked: Sequence[str] | None = None,
     to_images: Callable[[Tensor], list[Any]] | None = None,
     watch: Callable[[Info], None] | None = None,
 ) -> SteeredOutput:
@@ -101,6 +102,8 @@ def run(
     Args:
         output: "best" by reward, "draw" from the weights, or "all" (then `chosen` is the best).
         choice: another reward that makes the final choice; the weights stay those of `reward`.
+        asked: what the rewards are told instead of the session's prompts, P texts.
+        to_images: from samples (N, ...) to PIL images.
         watch: called with each event's `Info`.
 
     Raises:
@@ -110,13 +113,12 @@ def run(
     if output not in OUTPUTS:
         raise DiffsteerError(f"output={output!r} is unknown; valid: {', '.join(OUTPUTS)}")
     ledger, started = session.ledger, time.perf_counter()
+    texts = session.prompts if asked is None else list(asked)
     for r in (reward, choice):
         if r is not None:
-            r.prepare(session.prompts, Context(0, session.steps, session.embedded))
+            r.prepare(texts, Context(0, session.steps, session.embedded))
     problem = Problem(len(session.prompts), session.steps, session.last_noise, session.seed, session.ids)
-    scorer = Scorer(
-        reward, session.decoder, session.prompts, ledger, session.embedded, session.chunk, session.deterministic
-    )
+    scorer = Scorer(reward, session.decoder, texts, ledger, session.embedded, session.chunk, session.deterministic)
     select = Selection(sampler, problem, scorer, watch)
     x, at = session.noise(), 0
     for event in select.events:

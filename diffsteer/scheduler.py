@@ -193,12 +193,17 @@ class _StepOutput(dict[str, Tensor]):
 @functools.cache
 def steered_class(cls: type) -> type:
     """The steered subclass of a scheduler class."""
-    namespace = {
+
+    @functools.wraps(cls.set_timesteps)  # type: ignore[attr-defined]
+    def set_timesteps(self: SteeringMixin, *args: Any, **kwargs: Any) -> None:
+        """Pipelines look for `sigmas` and `timesteps` in this signature, so it is the parent's."""
+        SteeringMixin.set_timesteps(self, *args, **kwargs)
+
+    namespace: dict[str, Any] = {
         "__module__": cls.__module__,
         "__qualname__": f"Steered{cls.__qualname__}",
         "__doc__": f"{cls.__name__}, steered by diffsteer.",
-        # retrieve_timesteps looks for `sigmas` and `timesteps` in this signature
-        "set_timesteps": functools.wraps(cls.set_timesteps)(SteeringMixin.set_timesteps),  # type: ignore[attr-defined]
+        "set_timesteps": set_timesteps,
     }
     if not hasattr(cls, "set_begin_index"):
         namespace["set_begin_index"] = lambda self, begin_index=0: None

@@ -103,7 +103,7 @@ def parse(caption: str) -> Statement:
     if unknown:
         raise ValueError(f"{unknown[0]!r} is no word of the shapes world; it knows: {', '.join(WORDS)}")
     background = None
-    if len(words) >= 4 and words[-4:-2] in (["on", "a"], ["on", "an"]) and words[-1] == "background":
+    if len(words) >= 4 and words[-4:-2] == ["on", "a"] and words[-1] == "background":
         background, words = words[-2], words[:-4]
         if background not in BACKGROUNDS:
             raise ValueError(f"{background!r} is no background; there are {', '.join(BACKGROUNDS)}")
@@ -142,7 +142,8 @@ def _parse_group(words: list[str], caption: str) -> tuple[Group, list[str]]:
 def one_attribute_changed(statement: Statement) -> list[Statement]:
     """Every statement that differs from this one in exactly one stated attribute (or has two colours or shapes swapped).
 
-    Each of them is false of every scene of which `statement` is true.
+    Each of them is false of every scene of which `statement` is true, as long as the two groups have different shapes, which
+    holds for all that `sample_scene` says.
     """
     groups, changed = statement.groups, []
 
@@ -160,7 +161,7 @@ def one_attribute_changed(statement: Statement) -> list[Statement]:
             changed += [with_group(i, replace(group, count=n)) for n in (1, *NUMBERS) if n != group.count]
     if len(groups) == 2 and statement.relation:
         changed += [replace(statement, relation=r) for r in RELATIONS if r != statement.relation]
-    if len(groups) == 2 and groups[0].color != groups[1].color:
+    if len(groups) == 2 and groups[0].color and groups[1].color and groups[0].color != groups[1].color:
         swapped = (replace(groups[0], color=groups[1].color), replace(groups[1], color=groups[0].color))
         changed.append(replace(statement, groups=swapped))
     if statement.background:

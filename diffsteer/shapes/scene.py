@@ -78,7 +78,14 @@ def sample_scene(task: str, rng: np.random.Generator, pairs: str = "all") -> Sce
 
 
 def scene_of(statement: Statement, rng: np.random.Generator, task: str = "") -> Scene:
-    """Draw a scene of which `statement` is true, what it leaves open being drawn at random."""
+    """Draw a scene of which `statement` is true, what it leaves open being drawn at random.
+
+    Raises:
+        ValueError: more things than fit (four), or a relation between more than two.
+    """
+    count = sum(g.count for g in statement.groups)
+    if count > 4 or (statement.relation and count > 2):
+        raise ValueError(f"{str(statement)!r} names {count} things; a scene holds 4, and 2 with a relation")
     things: list[tuple[str, str, str]] = []
     for group in statement.groups:
         color = group.color or str(rng.choice(list(COLORS)))
@@ -209,9 +216,10 @@ def describes(statement: Statement, scene: Scene) -> bool:
     if len(statement.groups) == 1:
         return all(fits(statement.groups[0], t) for t in scene.things)
     first, second = statement.groups
-    return any(
-        fits(first, a)
-        and fits(second, b)
-        and (statement.relation is None or holds(statement.relation, (a.x, a.y), (b.x, b.y)))
-        for a, b in itertools.permutations(scene.things, 2)
-    )
+    for chosen in itertools.combinations(scene.things, first.count):
+        rest = [t for t in scene.things if t not in chosen]
+        if all(fits(first, t) for t in chosen) and all(fits(second, t) for t in rest):
+            pairs = itertools.product(chosen, rest)
+            if statement.relation is None or all(holds(statement.relation, (a.x, a.y), (b.x, b.y)) for a, b in pairs):
+                return True
+    return False

@@ -1,0 +1,254 @@
+"""A folder of results: prompts in, images and a manifest out, begun again where it stopped.
+
+A manifest line is written after its images are on disk, so what the manifest names is there, whenever a run is stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffsteer.sheet import sheet
+from diffsteer.types import DiffsteerError, Info
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from diffsteer.pipeline import SteeredPipeline
+    from diffsteer.run import SteeredOutput
+
+MANIFEST, TIMINGS, GRID = "manifest.jsonl", "timings.jsonl", "grid.png"
+_COUNTS = ("evaluations", "decodes", "reward_calls")  # those that each prompt has of its own, however many run together
+
+
+@dataclass(frozen=True)
+class Item:
+    """A prompt to do. `id` keys its randomness; `index`, its place in the list, names its image."""
+
+    index: int
+    id: int | str
+    prompt: str
+
+    @property
+    def image(self) -> str:
+        """Its image, relative to the folder of results."""
+        return f"images/{self.index:03d}.png"
+
+
+def as_items(prompts: Sequence[str]) -> list[Item]:
+    """Items whose ids are their indices."""
+    return [Item(i, i, prompt) for i, prompt in enumerate(prompts)]
+
+
+def read_items(path: str | Path) -> list[Item]:
+    """Prompts from a file: .jsonl or .json with an object a line (``prompt``, and ``id`` if wanted), or else a prompt a line.
+
+    Raises:
+        DiffsteerError: no such file, nothing in it, a line that is no such object, or an id twice.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        near = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
+        raise DiffsteerError(f"prompts={path}: {error.strerror or error}{_did_you_mean(path.name, near)}") from error
+    except UnicodeDecodeError as error:
+        raise DiffsteerError(f"prompts={path}: it is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    filled = [(number, line.rstrip("\r")) for number, line in enumerate(lines, 1) if line.strip()]
+    if path.suffix not in (".jsonl", ".json"):
+        items = as_items([line for _, line in filled])
+    else:
+        items = [_item(index, line, f"{path}, line {number}") for index, (number, line) in enumerate(filled)]
+    if not items:
+        raise DiffsteerError(f"prompts={path}: there is no prompt in it")
+    first: dict[int | str, int] = {}
+    for item, (number, _) in zip(items, filled, strict=True):
+        if first.setdefault(item.id, number) != number:
+            raise DiffsteerError(f"{path}, line {number}: the id {item.id!r} was given in line {first[item.id]} already")
+    return items
+
+
+def _item(index: int, line: str, where: str) -> Item:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise DiffsteerError(f'{where}: no JSON ({error}); wanted {{"prompt": "..."}}') from error
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+        raise DiffsteerError(f'{where}: wanted an object with a text "prompt", such as {{"prompt": "a red star"}}')
+    id = entry.get("id", index)
+    if isinstance(id, bool) or not isinstance(id, (int, str)):
+        raise DiffsteerError(f"{where}: the id {id!r} is neither a text nor a whole number")
+    return Item(index, id, entry["prompt"])
+
+
+def _did_you_mean(name: str, valid: list[str]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, valid, 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+@dataclass
+class Folder:
+    """The folder of one run: `entries` are the manifest's lines by id, those whose images are gone left out.
+
+    Raises:
+        DiffsteerError: it holds results of other settings or other prompts, which would be lost.
+    """
+
+    path: Path
+    items: list[Item]
+    settings_hash: str
+    entries: dict[int | str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        manifest, prompts = self.path / MANIFEST, {item.id: item for item in self.items}
+        whole = _whole_lines(manifest)
+        for entry in whole:
+            if entry["settings"] != self.settings_hash:
+                raise DiffsteerError(f"{manifest} was made with other settings; choose another out=, or the same settings to go on")
+            item = prompts.get(entry["id"])
+            if item is not None and (item.prompt, item.image) != (entry["prompt"], entry["image"]):
+                raise DiffsteerError(
+                    f"{manifest} has another prompt or place under the id {item.id!r} ({entry['prompt']!r}); choose another out="
+                )
+            if item is None and entry["image"] in [i.image for i in self.items]:
+                raise DiffsteerError(f"{manifest} has {entry['image']} for the id {entry['id']!r}; choose another out=")
+            if all((self.path / image).is_file() for image in [entry["image"], *(p["image"] for p in entry.get("particles", []))]):
+                self.entries[entry["id"]] = entry
+
+    @property
+    def missing(self) -> list[Item]:
+        """The items to do."""
+        return [item for item in self.items if item.id not in self.entries]
+
+    def add(self, items: Sequence[Item], out: SteeredOutput, seed: int, output: str) -> None:
+        """Write what a call made of some items: images, then their manifest lines, then what it took."""
+        per, images = out.rewards.shape[1], out.images or []
+        counts = {name: out.ledger.counts[name] // len(items) for name in _COUNTS}
+        (self.path / "images").mkdir(parents=True, exist_ok=True)
+        lines = []
+        for p, item in enumerate(items):
+            chosen = int(out.chosen[p])
+            facts = [{"reward": _number(r), "log_weight": _number(w)} for r, w in zip(out.rewards[p], out.log_weights[p], strict=True)]
+            entry = {"id": item.id, "prompt": item.prompt, "seed": seed, "image": item.image, **facts[chosen]}
+            entry |= {"log_z": _number(out.log_z[p]), "ledger": counts, "settings": self.settings_hash}
+            if output == "all" and len(images) == len(items) * per:
+                names = [f"{item.image.removesuffix('.png')}_{k:02d}.png" for k in range(per)]
+                for k, name in enumerate(names):
+                    _save(images[p * per + k], self.path / name)
+                entry["particles"] = [{"image": name, **fact} for name, fact in zip(names, facts, strict=True)]
+                _save(images[p * per + chosen], self.path / item.image)
+            else:
+                _save(images[p], self.path / item.image)
+            self.entries[item.id] = entry
+            lines.append(entry)
+        _append(self.path / MANIFEST, lines)
+        ledger = out.ledger
+        rest = {"forwards": ledger.forwards, "padding": ledger.padding, "peak_memory": ledger.peak_memory}
+        _append(self.path / TIMINGS, [{"ids": [i.id for i in items], "seconds": ledger.seconds, **rest}])
+
+    def finish(self) -> None:
+        """Put the manifest in the order of the items, lines of prompts that are not asked for now last; draw the sheet."""
+        asked = [item.id for item in self.items if item.id in self.entries]
+        entries = [self.entries[id] for id in dict.fromkeys([*asked, *self.entries])]
+        text = "".join(_line(entry) for entry in entries)
+        if not (self.path / MANIFEST).is_file() or (self.path / MANIFEST).read_text(encoding="utf-8") != text:
+            with _replacing(self.path / MANIFEST) as part:
+                part.write_text(text, encoding="utf-8")
+        sheet([[self.path / self.entries[id]["image"] for id in asked]], [str(self.entries[id]["prompt"]) for id in asked], self.path / GRID)
+
+
+def generate(
+    steered: SteeredPipeline,
+    folder: Folder,
+    *,
+    seed: int,
+    batch: int = 1,
+    watch: Callable[[Info], None] | None = None,
+    done: Callable[[int], None] | None = None,
+    **call: Any,
+) -> None:
+    """Do what is missing in a folder, `batch` prompts at a time, and finish it.
+
+    Args:
+        watch: as in `SteeredPipeline`. done: called with the number of prompts that were just finished.
+        call: the pipeline's own arguments.
+
+    Raises:
+        DiffsteerError: and everything that was finished before stays, in the folder.
+    """
+    from diffsteer import rng
+
+    missing = folder.missing
+    size = batch if steered.sampler is not None else 1
+    for start in range(0, len(missing), size):
+        items = missing[start : start + size]
+        if steered.sampler is not None:
+            out = steered([i.prompt for i in items], seed=seed, ids=[i.id for i in items], watch=watch, **call)
+        elif len(folder.items) == 1:
+            out = steered([items[0].prompt], seed=seed, **call)
+        else:
+            out = steered([items[0].prompt], generator=rng.generator(seed, items[0].id), **call)
+        folder.add(items, out, seed, steered.output)
+        if done is not None:
+            done(len(items))
+    folder.finish()
+
+
+def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a manifest; a last one that a stopped run left unfinished is cut off the file."""
+    if not path.is_file():
+        return
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            known = {"id", "prompt", "image", "settings"} <= entry.keys()
+        except (ValueError, AttributeError):
+            known = False
+        if not known:
+            raise DiffsteerError(f"{path}, line {number}: this is no line of a manifest; choose another out=")
+        yield entry
+    if len(whole) < len(data):
+        with _replacing(path) as part:
+            part.write_bytes(whole)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file to write instead of `path`, which it replaces at once when it is whole."""
+    part = path.with_name(f".{path.name}.part")
+    yield part
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def _save(image: Image, path: Path) -> None:
+    with _replacing(path) as part:
+        image.save(part, format="PNG")
+
+
+def _append(path: Path, entries: Sequence[dict[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(_line(entry) for entry in entries))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or None: JSON has no others."""
+    value = float(value)
+    return value if math.isfinite(value) else None

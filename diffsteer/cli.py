@@ -1,0 +1,176 @@
+"""The command line: ``diffsteer generate | list | --version``. Parsing and composing are Hydra's, see `diffsteer.config`.
+
+Modules that need torch are imported when a command does, so that ``--help`` and ``--version`` answer at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffsteer import __version__
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+USAGE = """\
+diffsteer generate [prompt=TEXT | prompts=FILE] [key=value ...]   images, steered by a reward (--help tells the keys)
+diffsteer list samplers | rewards | models                        what there is
+diffsteer --version"""
+OK, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+_FULL_ERROR = "HYDRA_FULL_ERROR"
+
+# Exit codes of the jobs that this process runs. None where a job is to raise: in a process of its own that a launcher of Hydra
+# made, or for a full traceback.
+_exits: list[int] | None = None
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: list[str]) -> int:
+    """Run a command. Returns the exit code: 0, 1 if something failed while running, 2 for wrong input, 130 after Ctrl-C."""
+    command, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if command in ("--version", "-V"):
+        print(f"diffsteer {__version__}")
+        return OK
+    if command in ("", "--help", "-h"):
+        print(USAGE)
+        return OK if command else WRONG_INPUT
+    commands = {"generate": _generate, "list": _list}
+    if command not in commands:
+        import difflib
+
+        near = difflib.get_close_matches(command, commands, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ";"
+        return _complain(f"unknown command {command!r}{hint} valid: {', '.join(commands)}, --version, --help")
+    try:
+        return commands[command](rest)
+    except KeyboardInterrupt as stop:
+        return _complain(str(stop) or "stopped", INTERRUPTED)
+    except Exception as error:
+        if os.environ.get(_FULL_ERROR) == "1":
+            raise
+        return _report(error)
+
+
+def _complain(message: str, code: int = WRONG_INPUT) -> int:
+    print(f"diffsteer: {message}", file=sys.stderr)
+    return code
+
+
+def _report(error: Exception, more: str = "") -> int:
+    """Print one line for an error and return its exit code."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from diffsteer.config import explain, one_line
+    from diffsteer.types import DiffsteerError, RewardError
+
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        return _complain(explain(error))
+    if isinstance(error, DiffsteerError):
+        return _complain(one_line(error) + more, FAILED if isinstance(error, RewardError) else WRONG_INPUT)
+    if isinstance(error, (FileExistsError, NotADirectoryError, PermissionError)):
+        return _complain(f"{error.filename}: {error.strerror}")
+    return _complain(f"{type(error).__name__}: {one_line(error)}{more} ({_FULL_ERROR}=1 shows where)", FAILED)
+
+
+def _generate(argv: list[str]) -> int:
+    global _exits
+    import hydra
+
+    from diffsteer.config import for_hydra, register_schemas
+
+    argv = _overrides_first(for_hydra(argv))
+    register_schemas()
+    _exits = None if os.environ.get(_FULL_ERROR) == "1" else []
+    try:
+        with _hydra_raising(["diffsteer generate", *argv]):
+            hydra.main(version_base="1.3", config_path="pkg://diffsteer.configs", config_name="config")(_job)()
+        return max(_exits or [OK])
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else OK
+    finally:
+        _exits = None
+
+
+def _overrides_first(argv: list[str]) -> list[str]:
+    """Check the flags, and bring together the overrides that stand between them: argparse would not."""
+    from hydra._internal.utils import get_args_parser
+
+    from diffsteer.registry import nearest
+    from diffsteer.types import DiffsteerError
+
+    parser, said = get_args_parser(), io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            known, extra = parser.parse_known_args(argv)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise DiffsteerError(said.getvalue().strip().rpartition("error: ")[2]) from None
+    unknown = [arg for arg in extra if arg.startswith("-")]
+    if unknown:
+        raise DiffsteerError(f"unknown option {unknown[0]!r}{nearest(unknown[0], parser._option_string_actions)}")
+    overrides = [*known.overrides, *extra]
+    return [*overrides, *(arg for arg in argv if arg not in overrides)]
+
+
+@contextlib.contextmanager
+def _hydra_raising(argv: list[str]) -> Iterator[None]:
+    """Hydra reads `sys.argv`, and raises instead of printing and exiting only if this variable is set."""
+    before, full = sys.argv, os.environ.get(_FULL_ERROR)
+    sys.argv, os.environ[_FULL_ERROR] = argv, "1"
+    try:
+        yield
+    finally:
+        sys.argv = before
+        if full is None:
+            del os.environ[_FULL_ERROR]
+        else:
+            os.environ[_FULL_ERROR] = full
+
+
+def _job(config: DictConfig) -> None:
+    """One job: all prompts with one configuration, in the folder that Hydra made."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from diffsteer.generate import generate_folder
+
+    out = Path(HydraConfig.get().runtime.output_dir)
+    resume = f"; what is done stays: the same command with out={_shown(out)} goes on"
+    try:
+        generate_folder(config, out, _shown(out))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped{resume}") from None
+    except Exception as error:
+        if _exits is None:
+            raise
+        _exits.append(_report(error, resume if any(out.glob("*.jsonl")) else ""))
+    finally:
+        with contextlib.suppress(OSError):
+            out.rmdir()  # only if nothing is in it
+
+
+def _shown(path: Path) -> str:
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _list(argv: list[str]) -> int:
+    from diffsteer.listing import KINDS
+
+    if len(argv) != 1 or argv[0] not in KINDS:
+        from diffsteer.registry import nearest
+
+        return _complain(f"list {' '.join(argv)}{nearest(argv[0] if argv else '', KINDS)}")
+    for line in KINDS[argv[0]]():
+        print(line)
+    return OK

@@ -1,0 +1,192 @@
+"""What the command line composes: the schema, what Hydra is handed, what its errors mean, and the objects that come of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import MissingConfigException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from diffsteer import __version__
+from diffsteer.registry import KINDS, find, nearest, registered
+from diffsteer.types import DiffsteerError
+
+VERBATIM = ("prompt", "negative_prompt")
+# Keys that do not change what a prompt's result is. `chunk` does in a deterministic run, where every block has that size.
+_WITHOUT_EFFECT = ("prompt", "prompts", "out", "batch")
+
+
+@dataclass
+class ModelConfig:
+    """`path` is the name of an embedded model, a folder, or an id of the Hugging Face hub."""
+
+    name: str = MISSING
+    path: str = MISSING
+    revision: str | None = None
+    variant: str | None = None
+    dtype: str = "float32"
+
+
+@dataclass
+class Config:
+    """Everything that `diffsteer generate` can be told. None stands for the model's own default.
+
+    Attributes:
+        prompt, prompts: one prompt, or a file of them.
+        negative_prompt: for all prompts.
+        seed: the key of all randomness, together with a prompt's id.
+        out: the folder for what is made; in a sweep each job has a folder of its own in there.
+        output: which particles become images: best | draw | all.
+        batch: prompts at a time. chunk: rows in the network at a time, None for all.
+        deterministic: bits that depend neither on `batch` nor on what was done before.
+        device: None for the accelerator if there is one.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sampler: Any = MISSING
+    reward: Any = MISSING
+    prompt: str | None = None
+    prompts: str | None = None
+    negative_prompt: str | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int = 0
+    out: str = MISSING
+    output: str = "best"
+    batch: int = 1
+    chunk: int | None = None
+    deterministic: bool = False
+    device: str | None = None
+
+
+def schema(cls: type[Any], name: str) -> type[Any]:
+    """The fields of a sampler or a reward, and its name, as a dataclass that Hydra can fill."""
+    hints = get_type_hints(cls)
+    fields: list[tuple[str, Any, Any]] = [("name", str, field(default=name))]
+    for f in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ():
+        if f.init:
+            default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            default = MISSING if default is dataclasses.MISSING else default
+            if isinstance(default, (list, tuple, dict)):
+                plain = list(default) if isinstance(default, tuple) else default
+                fields.append((f.name, Any, field(default_factory=lambda plain=plain: plain)))
+            else:
+                fields.append((f.name, hints[f.name], field(default=default)))
+    return dataclasses.make_dataclass(cls.__name__, fields)
+
+
+def register_schemas() -> None:
+    """Tell Hydra the types of all keys. A plug-in without a YAML file of its own becomes an option of its group."""
+    store = ConfigStore.instance()
+    store.store(name="config", group="schema", node=Config)
+    shipped = Path(__file__).parent / "configs"
+    for kind in KINDS:
+        for name, cls in registered(kind).items():
+            store.store(name=name, group=f"schema/{kind}", node=schema(cls, name))
+            if not (shipped / kind / f"{name}.yaml").exists():
+                store.store(name=name, group=kind, node=schema(cls, name))
+
+
+def build(kind: str, config: DictConfig) -> Any:
+    """The sampler or the reward that a configuration names, checked against its own fields; None for `name: none`.
+
+    Raises:
+        DiffsteerError: an unknown name or key, a wrong type or value.
+    """
+    name = config.get("name")
+    if not isinstance(name, str):
+        raise DiffsteerError(f"{kind}: it has no name{nearest('', registered(kind))}")
+    if kind == "sampler" and name == "none":
+        return None
+    cls = find(kind, name)
+    try:
+        given = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+        merged = OmegaConf.merge(OmegaConf.structured(schema(cls, name)), given)
+        values = OmegaConf.to_container(merged, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise DiffsteerError(_explain_key(error, kind)) from error
+    assert isinstance(values, dict)
+    del values["name"]
+    return cls(**{str(k): tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def settings(config: DictConfig, **more: Any) -> tuple[dict[str, Any], str]:
+    """Everything that decides a prompt's result, and its SHA-256."""
+    values = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(values, dict)
+    left_out = _WITHOUT_EFFECT if config.deterministic else (*_WITHOUT_EFFECT, "chunk")
+    kept = {str(k): v for k, v in values.items() if k not in left_out} | {"version": __version__} | more
+    return kept, hashlib.sha256(json.dumps(kept, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def for_hydra(argv: list[str]) -> list[str]:
+    """Rewrite what a person types into what Hydra's grammar takes: texts verbatim, ``model=PATH``."""
+    rewritten = []
+    for arg in argv:
+        key, equals, value = arg.partition("=")
+        if equals and key.lstrip("+") in VERBATIM:
+            rewritten.append(f"{key}={quoted(value)}")
+        elif equals and key == "model" and _is_path(value, argv):
+            rewritten += ["model=path", f"model.path={quoted(value)}"]
+        else:
+            rewritten.append(arg)
+    return rewritten
+
+
+def quoted(text: str) -> str:
+    """A text as a quoted value of Hydra's grammar that comes out unchanged.
+
+    OmegaConf reads ``${`` as an interpolation, and takes backslashes before it for escapes; Hydra those before a quote.
+    """
+    text = re.sub(r"(\\*)\$\{", lambda m: 2 * m[1] + r"\${", text)
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + (r"\'" if m[2] else ""), text) + "'"
+
+
+def _is_path(value: str, argv: list[str]) -> bool:
+    folders = [Path(__file__).parent / "configs"]
+    for flag, after in zip(argv, [*argv[1:], ""], strict=True):
+        if flag in ("--config-dir", "-cd"):
+            folders.append(Path(after))
+        elif flag.startswith("--config-dir="):
+            folders.append(Path(flag.partition("=")[2]))
+    if any((folder / "model" / f"{value}.yaml").is_file() for folder in folders):
+        return False
+    return "/" in value or Path(value).is_dir()
+
+
+def explain(error: BaseException) -> str:
+    """One line for an error of Hydra or OmegaConf: what is wrong, where, what is valid."""
+    if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={name} is unknown{nearest(name, error.options)}"
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        return _explain_key(error.__cause__)
+    if isinstance(error, OmegaConfBaseException):
+        return _explain_key(error)
+    said = re.sub(r"expecting \{.*?\}|See https://\S+.*", "", str(error))
+    return one_line(said)
+
+
+def one_line(said: object) -> str:
+    """A message of several lines as one."""
+    return "; ".join(line.strip() for line in str(said).splitlines() if line.strip())
+
+
+def _explain_key(error: OmegaConfBaseException, within: str = "") -> str:
+    key = ".".join(part for part in (within, str(error.full_key or error.key or "")) if part)
+    parent = error.parent_node
+    if isinstance(parent, DictConfig) and isinstance(error.key, str) and error.key not in parent:
+        valid = [str(k) for k in parent if k != "hydra"]
+        if "sampler" in valid:
+            valid.append("experiment")  # a group without a key of its own
+        return f"unknown key {key!r}{nearest(error.key, valid)}"
+    first = str(error.msg or error).strip().splitlines()[0]
+    return f"{key}: {first}" if key else first

@@ -1,0 +1,50 @@
+"""Samplers and rewards by name: those that ship, and those of entry points (`diffsteer.samplers`, `diffsteer.rewards`)."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Iterable
+from importlib.metadata import entry_points
+from typing import Any
+
+from diffsteer.types import DiffsteerError
+
+KINDS = {"sampler": "diffsteer.samplers", "reward": "diffsteer.rewards"}
+
+
+def registered(kind: str) -> dict[str, type[Any]]:
+    """Every class of a kind ("sampler" or "reward") by its name. What ships cannot be replaced by a plug-in of the same name.
+
+    Raises:
+        DiffsteerError: a plug-in that cannot be imported.
+    """
+    module = importlib.import_module(KINDS[kind])
+    shipped = [getattr(module, name) for name in module.__all__]
+    found = {cls.name: cls for cls in shipped if inspect.isclass(cls) and isinstance(getattr(cls, "name", None), str)}
+    for point in entry_points(group=KINDS[kind]):
+        try:
+            found.setdefault(point.name, point.load())
+        except (ImportError, AttributeError) as error:
+            raise DiffsteerError(f"the {kind} {point.name!r} of the entry point {point.value} cannot be imported: {error}") from error
+    return found
+
+
+def find(kind: str, name: str) -> type[Any]:
+    """The class of that name.
+
+    Raises:
+        DiffsteerError: with the nearest name and all that are valid.
+    """
+    known = registered(kind)
+    if name not in known:
+        raise DiffsteerError(f"unknown {kind} {name!r}{nearest(name, known)}")
+    return known[name]
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """How a message about a wrong name ends: ``; did you mean 'x'? valid: x, y``."""
+    valid = sorted(valid)
+    near = difflib.get_close_matches(name, valid, 1, 0.5)
+    return (f"; did you mean {near[0]!r}?" if near else ";") + f" valid: {', '.join(valid)}"

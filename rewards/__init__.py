@@ -1,0 +1,10 @@
+"""Rewards, one file each. Import them from here: ``from diffsteer.rewards import ClipScore``."""
+
+if __name__ != "diffsteer.rewards":
+    raise ImportError(f"import diffsteer.rewards, not {__name__}")
+
+from diffsteer.rewards.aesthetic import Aesthetic
+from diffsteer.rewards.clip_score import ClipScore
+from diffsteer.rewards.compressibility import Compressibility
+
+__all__ = ["Aesthetic", "ClipScore", "Compressibility"]

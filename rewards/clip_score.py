@@ -1,0 +1,89 @@
+"""How well an image fits its prompt, to CLIP: Hessel et al. (2021), arXiv 2104.08718."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from diffsteer.reward import Reward
+from diffsteer.rewards.open_clip_model import EMBEDDED, OpenClip, check_options, is_embedded, load
+from diffsteer.shapes.grammar import WORDS
+from diffsteer.shapes.tokenizer import unknown_words
+from diffsteer.types import Context, DiffsteerError
+
+DEFAULT = ("ViT-B-32", "laion2b_s34b_b79k")
+
+
+@dataclass(eq=False)
+class ClipScore(Reward):
+    """100 times the cosine similarity of CLIP's image and text features.
+
+    The paper's CLIPScore is ``2.5 * max(cos, 0)`` with OpenAI's ViT-B/32 and the prefix "A photo depicts"; here there is no
+    floor and no prefix. Good fits lie near 30 with large models; scores of different checkpoints do not compare.
+
+    The checkpoint follows the model that is steered: the embedded miniature CLIP for the embedded models (a prompt with a word
+    that those do not have is refused), LAION's ViT-B-32 (600 MB, fetched once) for all others. A model named here always wins.
+
+    Cost: one pass of the image tower a sample; the text tower runs once a prompt.
+
+    Args:
+        model_name: any name of open_clip, ``local-dir:FOLDER``, ``hf-hub:ORG/NAME``, or "shapes", the embedded one.
+        pretrained: a tag of the model or a checkpoint file, opened as plain tensors only.
+        resize: squash | crop | pad, to the model's square. Only "crop", CLIP's own way, loses part of an image.
+        device: where CLIP runs.
+
+    Raises:
+        DiffsteerError: options that contradict each other; later, a checkpoint that cannot be loaded, or a prompt with an
+            unknown word.
+    """
+
+    model_name: str | None = None
+    pretrained: str | None = None
+    resize: str = "squash"
+    device: str = "cpu"
+
+    name: ClassVar[str] = "clip_score"
+    range: ClassVar[tuple[float, float]] = (-100.0, 100.0)
+    differentiable: ClassVar[bool] = True
+    needs_prompt: ClassVar[bool] = True
+    licence: ClassVar[str | None] = "MIT, for the default checkpoints"
+    weights: ClassVar[str | None] = "embedded, or laion/CLIP-ViT-B-32-laion2B-s34B-b79K on huggingface.co"
+
+    def __post_init__(self) -> None:
+        check_options(self.name, self.model_name, self.pretrained, self.resize)
+        self._loaded: dict[str, OpenClip] = {}
+
+    def prepare(self, prompts: Sequence[str], ctx: Context) -> None:
+        """Load the checkpoint and encode the prompts; the features of earlier runs' prompts are dropped."""
+        self._texts(prompts, ctx)
+        self._clip(ctx).forget_texts_but(prompts)
+
+    def score(self, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
+        """Images (N, 3, H, W) in [0, 1] -> (N,)."""
+        texts = self._texts(prompts, ctx)
+        images = self._clip(ctx).encode_images(samples, self.resize)
+        return 100 * (images * texts).sum(-1).to(samples.device)
+
+    def _checkpoint(self, ctx: Context) -> tuple[str, str | None]:
+        if self.model_name is None:
+            return (EMBEDDED, None) if ctx.embedded else DEFAULT
+        return DEFAULT if (self.model_name, self.pretrained) == (DEFAULT[0], None) else (self.model_name, self.pretrained)
+
+    def _clip(self, ctx: Context) -> OpenClip:
+        name, pretrained = self._checkpoint(ctx)
+        if name not in self._loaded:
+            self._loaded[name] = load(name, pretrained, self.device)
+        return self._loaded[name]
+
+    def _texts(self, prompts: Sequence[str], ctx: Context) -> Tensor:
+        if is_embedded(self._checkpoint(ctx)[0]):
+            for prompt in dict.fromkeys(prompts):  # the tokenizer alone would spell a word that it does not know
+                for word in unknown_words(prompt):
+                    known = ", ".join(WORDS)
+                    raise DiffsteerError(f"{self.name}: the embedded CLIP has no word {word!r} ({prompt!r}); it knows: {known}")
+        clip = self._clip(ctx)
+        return torch.stack([clip.encode_text(prompt) for prompt in prompts])

@@ -1,0 +1,215 @@
+"""CLIP models of open_clip as rewards use them: loaded in silence, frozen, with preprocessing that gradients pass."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffsteer.shapes import models
+from diffsteer.types import DiffsteerError
+
+EMBEDDED = "shapes"  # the miniature CLIP that ships with diffsteer
+RESIZE = ("squash", "crop", "pad")
+_SCHEMAS = ("local-dir:", "hf-hub:")
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".npz")
+
+
+def check_options(who: str, model_name: str | None, pretrained: str | None, resize: str) -> None:
+    """Refuse options that contradict each other.
+
+    Raises:
+        DiffsteerError: an unknown `resize`, weights without a model, or weights for a model that brings its own.
+    """
+    if resize not in RESIZE:
+        raise DiffsteerError(f"{who}: resize={resize!r} is unknown; valid: {', '.join(RESIZE)}")
+    if pretrained is not None and model_name is None:
+        raise DiffsteerError(f"{who}: pretrained={pretrained!r} needs a model_name (such as ViT-B-32)")
+    if pretrained is not None and model_name is not None and (model_name == EMBEDDED or model_name.startswith(_SCHEMAS)):
+        raise DiffsteerError(f"{who}: model_name={model_name!r} brings its own weights: set pretrained=null (None)")
+
+
+def is_embedded(model_name: str) -> bool:
+    """Does this name, or this ``local-dir:``, mean the embedded miniature CLIP?"""
+    folder = model_name.removeprefix("local-dir:")
+    return model_name == EMBEDDED or (folder != model_name and Path(folder).resolve() == models.CLIP.resolve())
+
+
+def fit(images: Tensor, size: tuple[int, int], resize: str, interpolation: str = "bicubic", fill: float = 0.0) -> Tensor:
+    """Bring images (N, C, H, W) in [0, 1] to `size` (height, width), antialiased, as PIL would up to its rounding to 8 bits.
+
+    Args:
+        resize: "squash" changes the aspect ratio; "crop" keeps it and cuts the longer side at its centre, as CLIP was
+            trained; "pad" keeps it and fills what is left.
+        interpolation: bicubic | bilinear.
+        fill: the grey level of the padding.
+    """
+    (height, width), (h, w) = images.shape[-2:], size
+    if resize == "crop":
+        inner = (h, h * width // height) if height * w <= width * h else (w * height // width, w)
+    elif resize == "pad":
+        shrink = max(height / h, width / w)
+        inner = (max(1, round(height / shrink)), max(1, round(width / shrink)))
+    else:
+        inner = size
+    for step in (
+        (height, inner[1]),
+        inner,
+    ):  # bicubic overshoots, and PIL clips after either pass; the gradient passes all the same
+        images = F.interpolate(images, step, mode=interpolation, align_corners=False, antialias=True)
+        images = images + (images.clamp(0, 1) - images).detach()
+    if resize == "crop":
+        top, left = round((inner[0] - h) / 2), round((inner[1] - w) / 2)
+        return images[..., top : top + h, left : left + w]
+    if resize == "pad":
+        down, right = h - inner[0], w - inner[1]
+        return F.pad(images, (right // 2, right - right // 2, down // 2, down - down // 2), value=fill)
+    return images
+
+
+class OpenClip:
+    """A loaded model, float32 and frozen. Its features are of unit length.
+
+    Args:
+        name: as open_clip takes it.
+        model: the open_clip model.
+    """
+
+    def __init__(self, name: str, model: Any, device: str) -> None:
+        self.name, self.model, self.device = name, model.eval().requires_grad_(False), device
+        self.preprocessing: dict[str, Any] = model.visual.preprocess_cfg
+        size = self.preprocessing["size"]
+        self.size: tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[-1])
+        self._texts: dict[str, Tensor] = {}
+
+    def encode_images(self, images: Tensor, resize: str) -> Tensor:
+        """Features (N, D) of images (N, 3, H, W) in [0, 1], on the device of the model. Differentiable."""
+        cfg = self.preprocessing
+        x = images.to(self.device, torch.float32)
+        x = fit(x, self.size, resize, cfg["interpolation"], cfg["fill_color"] / 255)
+        mean, std = (torch.tensor(cfg[key], device=x.device).view(-1, 1, 1) for key in ("mean", "std"))
+        return F.normalize(self.model.encode_image((x - mean) / std).float(), dim=-1)
+
+    def encode_text(self, prompt: str) -> Tensor:
+        """Features (D,) of a prompt, encoded alone, so that they do not depend on the batch; then remembered."""
+        if prompt not in self._texts:
+            with torch.inference_mode(False), torch.no_grad():  # an inference tensor would be of no use with autograd
+                ids = self._tokenizer([prompt]).to(self.device)
+                self._texts[prompt] = F.normalize(self.model.encode_text(ids).float(), dim=-1)[0]
+            self._warn_if_cut(prompt, ids.shape[1])
+        return self._texts[prompt]
+
+    def forget_texts_but(self, prompts: Iterable[str]) -> None:
+        """Drop the features of all other prompts."""
+        kept = set(prompts)
+        self._texts = {p: features for p, features in self._texts.items() if p in kept}
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        import open_clip
+
+        with _quiet():
+            try:
+                return open_clip.get_tokenizer(self.name)
+            except Exception as error:
+                raise DiffsteerError(f"the tokenizer of {self.name} could not be loaded ({_line(error)})") from error
+
+    def _warn_if_cut(self, prompt: str, length: int) -> None:
+        longer, empty = (self._tokenizer([text], context_length=length + 1)[0, -1] for text in (prompt, ""))
+        if longer != empty:
+            warnings.warn(f"CLIP reads {length} tokens; what is beyond them is not scored in {prompt!r}", stacklevel=3)
+
+
+def load(model_name: str, pretrained: str | None, device: str = "cpu") -> OpenClip:
+    """Load a model with open_clip. Draws nothing from the global random state. Pickled files are opened as plain tensors only.
+
+    A tag that was trained with QuickGELU (all of OpenAI's) gets it whatever the model's name; open_clip would only warn. For
+    a file nobody can tell: name the model with -quickgelu where it is one.
+
+    Args:
+        model_name: a name of `open_clip.list_models()`, ``local-dir:FOLDER``, ``hf-hub:ORG/NAME``, or "shapes", the embedded.
+        pretrained: a tag of the model or a checkpoint file; None for those that bring their weights.
+
+    Raises:
+        DiffsteerError: nothing can be loaded; names the nearest valid names.
+    """
+    import open_clip
+
+    name = f"local-dir:{models.CLIP}" if model_name == EMBEDDED else model_name
+    quick_gelu = _needs_quick_gelu(name, pretrained)
+    with _quiet(), torch.random.fork_rng(devices=[]), torch.inference_mode(False):
+        try:
+            model = open_clip.create_model(
+                name,
+                pretrained=pretrained,
+                device=device,
+                force_quick_gelu=quick_gelu,
+                require_pretrained=True,
+                weights_only=True,
+            )
+        except Exception as error:
+            what = name if pretrained is None else f"{name} with pretrained={pretrained!r}"
+            hint = "a checkpoint file can be given as pretrained, a folder as model_name=local-dir:FOLDER"
+            raise DiffsteerError(f"the CLIP model {what} could not be loaded ({_line(error)}); {hint}") from error
+        return OpenClip(name, model, device)
+
+
+def _needs_quick_gelu(name: str, pretrained: str | None) -> bool:
+    """Check the names; say whether the tag was trained with QuickGELU."""
+    import open_clip
+
+    if name.startswith(_SCHEMAS):
+        return False
+    plain = name.replace("/", "-")
+    known = open_clip.list_models()
+    if plain not in known:
+        also = f"{EMBEDDED}, local-dir:FOLDER or hf-hub:ORG/NAME"
+        raise DiffsteerError(f"there is no CLIP model {name!r}; nearest: {_nearest(plain, [*known, EMBEDDED])}; also {also}")
+    tags = open_clip.list_pretrained_tags_by_model(plain)
+    if pretrained is None:
+        raise DiffsteerError(f"which weights of {name}? Set pretrained to a checkpoint file or to one of: {', '.join(tags)}")
+    tagged = open_clip.get_pretrained_cfg(plain, pretrained)
+    if tagged:
+        return bool(tagged.get("quick_gelu", False))
+    if Path(pretrained).is_file():
+        return False
+    if Path(pretrained).name != pretrained or Path(pretrained).suffix in _SUFFIXES:
+        raise DiffsteerError(f"there is no checkpoint file {pretrained!r} for the CLIP model {name}")
+    raise DiffsteerError(f"{name} has no weights {pretrained!r}; nearest: {_nearest(pretrained, tags) or 'none'}; or a file")
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    """The three names that look most alike, capitals aside."""
+    lower = {n.lower(): n for n in names}
+    return ", ".join(lower[n] for n in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.0))
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip writes to the root logger, which would also install a handler there; what matters it raises."""
+    root, handler = logging.getLogger(), logging.NullHandler()
+
+    def foreign(record: logging.LogRecord) -> bool:
+        return "open_clip" not in Path(record.pathname).parts
+
+    root.addHandler(handler)
+    root.addFilter(foreign)
+    try:
+        yield
+    finally:
+        root.removeFilter(foreign)
+        root.removeHandler(handler)

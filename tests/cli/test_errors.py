@@ -1,0 +1,104 @@
+"""Wrong input: one line that says what is wrong, where and what is valid, exit code 2, and no traceback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffsteer.rewards import Compressibility
+
+WRONG = {
+    "a wrong type": (["num_inference_steps=abc"], ["num_inference_steps", "abc", "Integer"]),
+    "a wrong type in a group": (["sampler.particles=many"], ["sampler.particles", "many"]),
+    "an unknown key": (["smapler=fk"], ["smapler", "did you mean 'sampler'?"]),
+    "an unknown key of a group": (["sampler.particels=8"], ["sampler.particels", "did you mean 'particles'?"]),
+    "an added key": (["+sampler.particels=8"], ["sampler.particels", "did you mean 'particles'?"]),
+    "an added key at the top": (["+smapler=fk"], ["smapler", "did you mean 'sampler'?"]),
+    "an unknown sampler": (["sampler=fkk"], ["sampler=fkk", "did you mean 'fk'?", "best_of_n"]),
+    "an unknown reward": (["reward=clp"], ["reward=clp", "did you mean 'clip'?", "aesthetic"]),
+    "an unknown model": (["model=shapse"], ["model=shapse", "did you mean 'shapes'?", "sd15"]),
+    "an unknown experiment": (["experiment=fk_papr"], ["fk_papr", "did you mean 'fk_paper'?"]),
+    "a sampler's value": (["sampler.eta=0"], ["eta=0", "(0, 1]"]),
+    "a choice": (["sampler.potential=differences"], ["potential='differences'", "difference, max"]),
+    "a file that is missing": (["prompt=~", "prompts=nowhere.txt"], ["not both"]),
+    "an output": (["output=bset"], ["output=bset", "did you mean 'best'?"]),
+    "a dtype": (["model.dtype=float23"], ["float23", "float32"]),
+    "a batch": (["batch=0"], ["batch=0", "at least 1"]),
+    "a sweep without -m": (["sampler=fk,best_of_n"], ["sampler=fk,best_of_n", "--multirun"]),
+    "a broken override": (["seed=("], ["seed=("]),
+    "an unknown flag": (["--mulitrun"], ["--mulitrun", "did you mean '--multirun'?"]),
+    "a flag's value": (["--cfg", "jbo"], ["jbo", "job"]),
+    "a config folder": (["--config-dir", "nowhere"], ["nowhere", "not found"]),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_input_is_one_line(wrong: str, command: Any, tmp_path: Path) -> None:
+    argv, said = WRONG[wrong]
+    result = command("generate", "prompt=a star", "out=o", *argv)
+    assert result.code == 2 and result.out == ""
+    assert result.err.startswith("diffsteer: ") and result.err.count("\n") == 1 and "Traceback" not in result.err
+    assert all(words in result.err for words in said), result.err
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("p.txt", None, ["prompts=p.txt", "No such file", "did you mean 'q.txt'?"]),
+        ("p.txt", " \n\n", ["p.txt", "no prompt"]),
+        ("p.jsonl", '{"prompt": "a star"}\n{"prompt": 3}\n', ["p.jsonl, line 2", '"prompt"']),
+        ("p.jsonl", '{"prompt": "a star"}\n\na star\n', ["p.jsonl, line 3", "no JSON"]),
+        ("p.jsonl", '["a star"]\n', ["p.jsonl, line 1", "object"]),
+        ("p.jsonl", '{"prompt": "a", "id": 7}\n{"prompt": "b", "id": 7}\n', ["p.jsonl, line 2", "id 7", "line 1"]),
+        ("p.jsonl", '{"prompt": "a", "id": 1}\n{"prompt": "b"}\n', ["p.jsonl, line 2", "id 1"]),
+        ("p.jsonl", '{"prompt": "a", "id": 1.5}\n', ["p.jsonl, line 1", "1.5"]),
+        ("p.jsonl", '{"prompt": "\\ud800"}\n', ["prompt 0", "Unicode"]),
+    ],
+)
+def test_wrong_files_of_prompts(name: str, text: str | None, said: list[str], command: Any, tmp_path: Path) -> None:
+    (tmp_path / "q.txt").write_text("a star\n")
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    result = command("generate", f"prompts={name}", "out=o")
+    assert result.code == 2 and result.err.count("\n") == 1 and all(words in result.err for words in said), result.err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_folder_without_a_pipeline(command: Any, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    result = command("generate", "prompt=a star", "model=empty", "reward=compressibility", "out=o")
+    assert result.code == 2 and "'empty'" in result.err and result.err.count("\n") == 1
+
+
+def test_the_demonstration_is_of_the_shapes_world(generate: Any) -> None:
+    result = generate("out=o")
+    assert result.code == 2 and "prompt=" in result.err and result.err.count("\n") == 1
+
+
+def test_a_file_where_the_folder_should_be(generate: Any, tmp_path: Path) -> None:
+    (tmp_path / "o").write_text("mine")
+    result = generate("prompt=a star", "out=o")
+    assert result.code == 2 and result.err.count("\n") == 1 and "o: File exists" in result.err
+    assert (tmp_path / "o").read_text() == "mine"
+
+
+def test_a_reward_that_raises_is_a_failure(generate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def score(*args: Any) -> Any:
+        raise OSError("no\nfile")
+
+    monkeypatch.setattr(Compressibility, "score", score)
+    result = generate("prompt=a star", "out=o")
+    assert result.code == 1 and result.err.count("\n") == 1
+    assert all(words in result.err for words in ("compressibility", "OSError", "'a star'", "after step 1 of 4"))
+
+
+@pytest.mark.parametrize("argv", [["generat"], ["list"], ["list", "sampler"], []])
+def test_wrong_commands(argv: list[str], command: Any) -> None:
+    result = command(*argv)
+    assert result.code == 2
+    assert "generate" in result.out if not argv else "valid: " in result.err and result.err.count("\n") == 1
+    if argv and argv != ["list"]:
+        assert "did you mean" in result.err

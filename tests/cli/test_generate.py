@@ -1,0 +1,175 @@
+"""`diffsteer generate`: what it writes, and that it writes what the Python face makes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+from diffsteer import SteeredPipeline, __version__, load_pipeline
+from diffsteer.config import build, register_schemas
+from diffsteer.registry import registered
+from diffsteer.rewards import Compressibility
+from diffsteer.rng import generator
+from diffsteer.samplers import BestOfN, FeynmanKac
+from diffsteer.shapes import models
+
+PROMPT = "a red circle, left of (a) 'blue' square = ${oc.env:HOME} é"
+
+
+def pixels(path: Path) -> bytes:
+    with Image.open(path) as image:
+        return image.tobytes()
+
+
+def test_one_prompt_equals_the_python_face(generate: Any, manifest: Any, toy_folder: Path, tmp_path: Path) -> None:
+    result = generate(f"prompt={PROMPT}", "seed=5", "out=o")
+    assert (result.code, result.err) == (0, "")
+    assert "1 prompt, fk with 2 particles: 16 evaluations" in result.out  # 2 particles, 4 steps, guided
+    steered = SteeredPipeline(load_pipeline(toy_folder), FeynmanKac(particles=2), Compressibility())
+    out = steered(PROMPT, num_inference_steps=4, seed=5)
+    [entry] = manifest(tmp_path / "o")
+    chosen = int(out.chosen[0])
+    assert (entry["id"], entry["prompt"], entry["seed"], entry["image"]) == (0, PROMPT, 5, "images/000.png")
+    assert entry["reward"] == float(out.rewards[0, chosen])
+    assert entry["log_weight"] == float(out.log_weights[0, chosen])
+    assert entry["log_z"] == float(out.log_z[0])
+    assert entry["ledger"] == {"evaluations": 16, "decodes": 8, "reward_calls": 8}
+    assert len(entry["settings"]) == 64
+    assert out.images is not None and pixels(tmp_path / "o/images/000.png") == out.images[0].tobytes()
+    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == [".hydra", "grid.png", "images", "manifest.jsonl", "timings.jsonl"]
+    assert '"seconds"' in (tmp_path / "o/timings.jsonl").read_text()
+    assert OmegaConf.load(tmp_path / "o/.hydra/config.yaml").prompt == PROMPT
+    assert sorted(p.name for p in (tmp_path / "o/.hydra").iterdir()) == ["config.yaml", "hydra.yaml", "overrides.yaml"]
+
+
+def test_no_sampler_is_the_plain_pipeline(generate: Any, toy_folder: Path, tmp_path: Path) -> None:
+    def plain(given: torch.Generator) -> bytes:
+        image = load_pipeline(toy_folder)("a star", num_inference_steps=4, generator=given).images[0]
+        return bytes(image.tobytes())
+
+    none = ("sampler=none", "~sampler.particles")
+    assert generate("prompt=a star", "seed=3", "out=one", "sampler=none") .code == 2  # it has no particles to set
+    from diffsteer.cli import main
+
+    toy = (f"model={toy_folder}", "reward=compressibility", "num_inference_steps=4", "sampler=none", "seed=3")
+    assert main(["generate", *toy, "prompt=a star", "out=one"]) == 0
+    assert pixels(tmp_path / "one/images/000.png") == plain(torch.Generator().manual_seed(3))
+    (tmp_path / "two.txt").write_text("a ring\n\na star\n")
+    assert main(["generate", *toy, "prompts=two.txt", "out=two"]) == 0
+    assert pixels(tmp_path / "two/images/001.png") == plain(generator(3, 1))
+    assert none
+
+
+def test_prompts_of_a_jsonl_file_keep_their_ids(generate: Any, manifest: Any, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a star, a ring", "id": "x"}\n\n{"prompt": "a ring"}\n')
+    assert generate("prompts=p.jsonl", "out=o", "output=all").code == 0
+    first, second = manifest(tmp_path / "o")
+    assert (first["id"], first["prompt"], first["image"]) == ("x", "a star, a ring", "images/000.png")
+    assert (second["id"], second["image"]) == (1, "images/001.png")
+    particles = [pixels(tmp_path / "o" / p["image"]) for p in first["particles"]]
+    best = max(range(2), key=lambda k: first["particles"][k]["reward"])
+    assert len(set(particles)) == 2 and pixels(tmp_path / "o" / first["image"]) == particles[best]
+
+
+def test_a_sweep_gives_each_job_its_folder(generate: Any, manifest: Any, tmp_path: Path) -> None:
+    result = generate("prompt=a star, a ring", "-m", "sampler=fk,best_of_n", "out=sweep")
+    assert (result.code, result.err) == (0, "")
+    entries = [manifest(tmp_path / "sweep" / job)[0] for job in ("0", "1")]
+    assert [e["prompt"] for e in entries] == ["a star, a ring"] * 2
+    assert [e["ledger"]["decodes"] for e in entries] == [8, 2]
+    assert [OmegaConf.load(tmp_path / f"sweep/{i}/.hydra/config.yaml").sampler.name for i in (0, 1)] == ["fk", "best_of_n"]
+
+
+def test_a_job_that_fails_does_not_stop_a_sweep(generate: Any, manifest: Any, tmp_path: Path) -> None:
+    result = generate("prompt=a star", "sampler.eta=0,1", "-m", "out=sweep")
+    assert result.code == 2 and "eta=0" in result.err and result.err.count("\n") == 1
+    assert not (tmp_path / "sweep/0").exists() and len(manifest(tmp_path / "sweep/1")) == 1
+
+
+def test_the_reference_settings_of_feynman_kac(command: Any) -> None:
+    result = command("generate", "experiment=fk_paper", "--cfg", "job")
+    config = OmegaConf.create(result.out)
+    assert config.num_inference_steps == 100 and config.sampler.name == "fk"
+    wanted = FeynmanKac(4, "max", 10.0, None, "multinomial", "always", events=(0.2, 0.4, 0.6, 0.8), eta=1.0)
+    assert build("sampler", config.sampler) == wanted
+
+
+@pytest.mark.parametrize("kind", ["sampler", "reward"])
+def test_each_option_is_its_class_with_its_own_defaults(kind: str, command: Any) -> None:
+    register_schemas()
+    for name, cls in registered(kind).items():
+        config = OmegaConf.create(command("generate", f"{kind}={name}", "--cfg", "job").out)
+        built = build(kind, config[kind])
+        assert type(built) is cls and repr(built) == repr(cls())
+
+
+def test_hydras_own_flags(command: Any, tmp_path: Path) -> None:
+    job = command("generate", "prompt=a,b ${c}", "--cfg", "job", "sampler=best_of_n", "model=some/where")
+    config = OmegaConf.create(job.out)
+    assert job.code == 0 and (config.prompt, config.sampler.name, config.model.path) == ("a,b ${c}", "best_of_n", "some/where")
+    info = command("generate", "--info", "defaults")
+    assert info.code == 0 and "sampler/fk" in info.out
+    helped = command("generate", "--help")
+    assert helped.code == 0 and "sampler: best_of_n, fk, none" in helped.out and "num_inference_steps: null" in helped.out
+    (tmp_path / "mine/sampler").mkdir(parents=True)
+    (tmp_path / "mine/sampler/wide.yaml").write_text("name: fk\nparticles: 16\n")
+    mine = OmegaConf.create(command("generate", "-cd", "mine", "sampler=wide", "--cfg", "job").out)
+    assert build("sampler", mine.sampler) == FeynmanKac(particles=16)
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_without_arguments_six_captions_are_compared(
+    command: Any, manifest: Any, toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(models.MODELS, "shapes", toy_folder)
+    monkeypatch.setattr(models, "_defaults", lambda: {"num_inference_steps": 3, "guidance_scale": 2.0})
+    result = command("generate", "reward=compressibility", "out=demo", "batch=4")
+    assert (result.code, result.err) == (0, "")
+    plain, steered = manifest(tmp_path / "demo/plain"), manifest(tmp_path / "demo")
+    pipe = load_pipeline("shapes")
+    for kept, entries in ((BestOfN(particles=1), plain), (FeynmanKac(), steered)):
+        out = SteeredPipeline(pipe, kept, Compressibility())(entries[2]["prompt"], seed=0, ids=[2])
+        assert entries[2]["reward"] == pytest.approx(float(out.rewards[0, out.chosen[0]]), abs=0.01)
+    rows = [line for line in result.out.splitlines() if line.startswith("a ") or line.startswith("three ")]
+    assert [row.split("  ")[0] for row in rows] == [e["prompt"] for e in steered] and len(rows) == 6
+    assert all("plain wrong: " in row and "steered wrong: " in row for row in rows)  # random weights draw no star
+    assert f"{plain[0]['reward']:.3f}" in rows[0] and f"{steered[0]['reward']:.3f}" in rows[0]
+    with Image.open(tmp_path / "demo/grid.png") as grid, Image.open(tmp_path / "demo/plain/grid.png") as alone:
+        assert grid.width == alone.width and grid.height > alone.height + 150
+
+
+def test_lists_state_facts(command: Any) -> None:
+    samplers = command("list", "samplers").out
+    assert "fk" in samplers and "arXiv 2501.06848" in samplers and "target_ess=0.5" in samplers and "a heuristic" in samplers
+    rewards = command("list", "rewards").out
+    assert all(name in rewards for name in registered("reward")) and "quality=95" in rewards and "licence" in rewards
+    shown = command("list", "models").out
+    assert "stable-diffusion-v1-5/stable-diffusion-v1-5" in shown and str(models.MODELS["shapes"]) in shown
+
+
+def test_a_real_process(toy_folder: Path, tmp_path: Path) -> None:
+    def run(*argv: str) -> Any:
+        return subprocess.run([sys.executable, "-m", "diffsteer", *argv], cwd=tmp_path, capture_output=True, text=True)
+
+    version = run("--version")
+    assert (version.returncode, version.stdout) == (0, f"diffsteer {__version__}\n")
+    toy = (f"model={toy_folder}", "reward=compressibility", "num_inference_steps=2", "sampler.particles=2")
+    made = run("generate", *toy, f"prompt={PROMPT}", "out=o")
+    assert made.returncode == 0, made.stderr
+    assert OmegaConf.load(tmp_path / "o/.hydra/config.yaml").prompt == PROMPT
+    wrong = run("generate", *toy, "prompt=a star", "sampler=fkk")
+    assert (wrong.returncode, wrong.stdout) == (2, "") and wrong.stderr.count("\n") == 1 and "'fk'" in wrong.stderr
+
+
+def test_the_version_does_not_import_torch(tmp_path: Path) -> None:
+    code = "import sys, diffsteer.cli as c; c.main(['--version']); c.main(['--help']); print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert said.stdout.endswith("False\n")

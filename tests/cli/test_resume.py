@@ -1,0 +1,126 @@
+"""A run that stopped goes on where it stopped, loses nothing, and with `deterministic=true` ends in the same bytes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffsteer.rewards import Compressibility
+
+PROMPTS = "a red star\na ring, a star\n  two (circles)\n"
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> str:
+    (tmp_path / "p.txt").write_text(PROMPTS)
+    return "prompts=p.txt"
+
+
+@pytest.fixture
+def fail_on(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, BaseException], None]:
+    """Make the reward raise for one prompt."""
+    score = Compressibility.score
+
+    def fail(prompt: str, error: BaseException) -> None:
+        def raising(self: Any, samples: Any, prompts: Any, ctx: Any) -> Any:
+            if prompt in prompts:
+                raise error
+            return score(self, samples, prompts, ctx)
+
+        monkeypatch.setattr(Compressibility, "score", raising)
+
+    return fail
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    """Every file that must not differ from run to run."""
+    names = ["manifest.jsonl", "grid.png", *(f"images/{p.name}" for p in sorted((folder / "images").iterdir()))]
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+@pytest.mark.parametrize(("error", "code"), [(ValueError("odd"), 1), (KeyboardInterrupt(), 130)])
+def test_a_stopped_run_goes_on(
+    error: BaseException, code: int, generate: Any, manifest: Any, prompts: str, fail_on: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    fixed = (prompts, "deterministic=true")
+    with monkeypatch.context():
+        fail_on("a ring, a star", error)
+        stopped = generate(*fixed, "out=o")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert stopped.code == code and stopped.err.count("\n") == 1 and "out=o" in stopped.err
+    assert [e["prompt"] for e in manifest(tmp_path / "o")] == ["a red star"]
+    made = (tmp_path / "o/images/000.png").stat().st_mtime_ns
+    resumed = generate(*fixed, "out=o")
+    assert resumed.code == 0 and resumed.out.startswith("2 prompts") and "1 of them were there already" in resumed.out
+    assert (tmp_path / "o/images/000.png").stat().st_mtime_ns == made
+    assert generate(*fixed, "out=whole", "batch=3").code == 0
+    assert bytes_of(tmp_path / "o") == bytes_of(tmp_path / "whole")
+    assert [e["prompt"] for e in manifest(tmp_path / "o")] == PROMPTS.splitlines()
+
+
+def test_done_prompts_are_not_done_again(generate: Any, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert generate(prompts, "out=o").code == 0
+    before = bytes_of(tmp_path / "o")
+    monkeypatch.setattr("diffsteer.generate.load_pipeline", lambda *args, **options: pytest.fail("nothing is left to do"))
+    again = generate(prompts, "out=o", "batch=2", "chunk=3")  # neither changes what comes out
+    assert again.code == 0 and "3 of them were there already" in again.out
+    assert bytes_of(tmp_path / "o") == before
+
+
+@pytest.mark.parametrize("harm", ["half a line", "no image"])
+def test_what_is_damaged_is_done_again(harm: str, generate: Any, prompts: str, tmp_path: Path) -> None:
+    fixed = (prompts, "deterministic=true", "out=o")
+    assert generate(*fixed).code == 0
+    before = bytes_of(tmp_path / "o")
+    if harm == "half a line":
+        data = (tmp_path / "o/manifest.jsonl").read_bytes()
+        (tmp_path / "o/manifest.jsonl").write_bytes(data[:-40])
+    else:
+        (tmp_path / "o/images/001.png").unlink()
+    (tmp_path / "o/grid.png").unlink()
+    again = generate(*fixed)
+    assert again.code == 0 and again.out.startswith("1 prompt,")
+    assert bytes_of(tmp_path / "o") == before
+
+
+@pytest.mark.parametrize("other", [["seed=1"], ["sampler.particles=3"], ["negative_prompt=a,b"], ["deterministic=true"], ["output=all"]])
+def test_other_settings_are_refused(other: list[str], generate: Any, prompts: str, tmp_path: Path) -> None:
+    assert generate(prompts, "out=o").code == 0
+    before = bytes_of(tmp_path / "o") | {"c": (tmp_path / "o/.hydra/config.yaml").read_bytes()}
+    result = generate(prompts, "out=o", *other)
+    assert result.code == 2 and "other settings" in result.err and "out=" in result.err and result.err.count("\n") == 1
+    assert bytes_of(tmp_path / "o") | {"c": (tmp_path / "o/.hydra/config.yaml").read_bytes()} == before
+
+
+def test_other_prompts_are_refused_more_prompts_are_not(generate: Any, manifest: Any, prompts: str, tmp_path: Path) -> None:
+    assert generate("prompt=a red star", "out=o", "deterministic=true").code == 0
+    assert generate(prompts, "out=o", "deterministic=true").code == 0  # the first of them is done
+    before = bytes_of(tmp_path / "o")
+    refused = generate("prompt=a blue star", "out=o", "deterministic=true")
+    assert refused.code == 2 and "a red star" in refused.err and refused.err.count("\n") == 1
+    (tmp_path / "q.jsonl").write_text('{"prompt": "a star", "id": "other"}\n')
+    assert generate("prompts=q.jsonl", "out=o", "deterministic=true").code == 2
+    assert bytes_of(tmp_path / "o") == before
+    assert generate("prompt=a red star", "out=o", "deterministic=true").code == 0
+    assert [e["prompt"] for e in manifest(tmp_path / "o")] == PROMPTS.splitlines()
+
+
+def test_a_manifest_of_someone_else(generate: Any, tmp_path: Path) -> None:
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o/manifest.jsonl").write_text('{"mine": 1}\n')
+    result = generate("prompt=a star", "out=o")
+    assert result.code == 2 and "manifest.jsonl, line 1" in result.err
+    assert (tmp_path / "o/manifest.jsonl").read_text() == '{"mine": 1}\n'
+    shutil.rmtree(tmp_path / "o")
+    assert generate("prompt=a star", "out=o").code == 0
+
+
+def test_the_batch_does_not_change_deterministic_bits(generate: Any, prompts: str, tmp_path: Path) -> None:
+    for batch in (1, 2):
+        assert generate(prompts, "deterministic=true", f"batch={batch}", f"out=o{batch}").code == 0
+    assert bytes_of(tmp_path / "o1") == bytes_of(tmp_path / "o2")

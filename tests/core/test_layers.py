@@ -1,0 +1,96 @@
+"""Which module may import which, what importing costs, and what the project says of itself."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CORE = sorted(p for p in (ROOT / "diffsteer").rglob("*.py") if not {"samplers", "rewards", "configs"} & set(p.relative_to(ROOT / "diffsteer").parts))
+PLUGINS = sorted([*(ROOT / "samplers").glob("*.py"), *(ROOT / "rewards").glob("*.py")])
+# what a lower floor may not know; later names may import earlier ones only
+FLOORS = [
+    ["rng", "algebra", "ledger", "types"],
+    ["events", "particles", "resampling", "reward", "hooks"],
+    ["selection", "scheduler"],
+    ["session"],
+    ["callable", "run", "backend"],
+    ["pipeline", "dropin", "toy"],
+    ["registry", "config", "batch", "generate", "cli", "__main__"],
+]
+FACES = {"pipeline", "dropin", "cli", "generate", "batch", "config", "registry"}
+
+
+def imports(path: Path, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{a.name}" for a in node.names}
+    return found
+
+
+def floor_of(name: str) -> int | None:
+    return next((i for i, floor in enumerate(FLOORS) if name in floor), None)
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda p: p.name)
+def test_imports_run_one_way(path: Path) -> None:
+    mine = floor_of(path.stem)
+    for name in imports(path, top_level_only=True):
+        parts = name.split(".")
+        other = floor_of(parts[1]) if parts[0] == "diffsteer" and len(parts) > 1 else None
+        if mine is not None and other is not None:
+            assert other <= mine, f"{path.name} imports {name} from a floor above"
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda p: p.name)
+def test_core_knows_no_method_and_only_the_backend_knows_diffusers(path: Path) -> None:
+    for name in imports(path):
+        if path.stem not in ("registry", "cli", "generate", "config", "batch"):
+            assert not name.startswith(("diffsteer.samplers", "diffsteer.rewards")), f"{path.name} imports {name}"
+        if path.stem not in ("backend", "pipeline"):
+            assert not name.split(".")[0] == "diffusers", f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("path", PLUGINS, ids=lambda p: p.name)
+def test_plug_ins_import_the_core_only(path: Path) -> None:
+    for name in imports(path):
+        parts = name.split(".")
+        assert parts[0] not in ("diffusers", "comfy")
+        assert not (parts[0] == "diffsteer" and len(parts) > 1 and parts[1] in FACES), f"{path.name} imports {name}"
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+
+
+def test_import_is_light() -> None:
+    """At most 0.2 s beyond torch's own import, the best of three, and no diffusers."""
+    code = (
+        "import sys, torch, time; t = time.perf_counter(); import diffsteer; from diffsteer import SteeredPipeline; "
+        "print(time.perf_counter() - t, 'diffusers' in sys.modules or 'open_clip' in sys.modules)"
+    )
+    results = [run(code).split() for _ in range(3)]
+    assert {r[1] for r in results} == {"False"}
+    assert min(float(r[0]) for r in results) < 0.2
+
+
+def test_plug_in_folders_refuse_the_wrong_name() -> None:
+    for folder in ("samplers", "rewards", "configs"):
+        code = f"import {folder}"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+        assert result.returncode != 0 and f"import diffsteer.{folder}" in result.stderr
+
+
+def test_files_stay_readable() -> None:
+    for path in [*CORE, *PLUGINS]:
+        assert len(path.read_text().splitlines()) <= 360, f"{path.name} is too long to read top-down"

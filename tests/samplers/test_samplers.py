@@ -1,0 +1,315 @@
+"""What every method must keep, and the mathematical bugs of reference implementations, each with a test they would fail."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import CASES
+from torch import Tensor
+
+from diffsteer import DiffsteerError, RewardError, SteeredPipeline
+from diffsteer.samplers import BestOfN, FeynmanKac
+from diffsteer.toy import GaussianMixture
+from diffsteer.types import Problem, Sampler, Step
+
+MODEL = GaussianMixture([-1.0, 0.8], [0.35, 0.5]).model("vp")
+Make = Callable[[int], Sampler]
+
+
+def position(x: Tensor, prompts: object) -> Tensor:
+    return x[:, 0]
+
+
+def problem(groups: int = 1, last_noise: int = 9) -> Problem:
+    return Problem(groups, 10, last_noise, 0, tuple(range(groups)))
+
+
+def play(sampler: Sampler, rewards: list[Tensor], groups: int | None = None, last_noise: int = 9):  # type: ignore[no-untyped-def]
+    """Feed a sampler with given rewards (P, K), one an event, the last one final."""
+    state = sampler.init(problem(len(rewards[0]), last_noise))
+    infos = []
+    for n, r in enumerate(rewards, 1):
+        state, info = sampler.apply(state, Step(n, n == len(rewards), r.double()))
+        infos.append(info)
+    return state, infos
+
+
+def fixed(potential: str = "difference", k: int = 4, **options: object) -> FeynmanKac:
+    return FeynmanKac(k, potential, **{"scale": 1.0, "target_ess": None, **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_particle_is_the_plain_chain(name: str) -> None:
+    make, _ = CASES[name]
+    plain = SteeredPipeline(MODEL, BestOfN(1), position)(["a", "b"], num_inference_steps=8, seed=3)
+    out = SteeredPipeline(MODEL, make(1), position)(["a", "b"], num_inference_steps=8, seed=3)
+    assert torch.equal(out.samples, plain.samples)
+
+
+def test_scale_zero_is_the_chain_without_selection() -> None:
+    plain = SteeredPipeline(MODEL, BestOfN(4), position)(["a", "b"], num_inference_steps=8, seed=3)
+    for sampler in (FeynmanKac(4, scale=0.0, target_ess=None, trigger="always"), FeynmanKac(4, scale=0.0)):
+        out = SteeredPipeline(MODEL, sampler, position)(["a", "b"], num_inference_steps=8, seed=3)
+        assert torch.equal(out.samples, plain.samples)
+        assert torch.equal(out.log_weights, plain.log_weights) and torch.equal(out.log_z, torch.zeros(2))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_prompts_do_not_meet(name: str) -> None:
+    """P > 1 equals P runs of one, if ids are the same; ancestors never leave their group."""
+    make, _ = CASES[name]
+    pipe = SteeredPipeline(MODEL, make(4), position)
+    both = pipe(["a", "b", "c"], num_inference_steps=10, seed=1, ids=["x", "y", "z"])
+    for i, id in enumerate("xyz"):
+        alone = pipe(["abc"[i]], num_inference_steps=10, seed=1, ids=[id])
+        torch.testing.assert_close(alone.samples[0], both.samples[i])
+        torch.testing.assert_close(alone.log_weights[0], both.log_weights[i])
+        torch.testing.assert_close(alone.log_z[0], both.log_z[i])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_declared_cost_is_counted_cost(name: str) -> None:
+    make, _ = CASES[name]
+    for chunk in (None, 5):
+        pipe = SteeredPipeline(MODEL, make(3), position, chunk=chunk)
+        said, out = pipe.estimate(4, 10), pipe(["a"] * 4, num_inference_steps=10, seed=0)
+        counted = out.ledger.counts
+        assert counted["evaluations"] == said.evaluations == 120
+        assert counted["reward_calls"] == said.reward_calls
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_facts_are_declared(name: str) -> None:
+    sampler = CASES[name][0](2)
+    assert isinstance(sampler, Sampler) and sampler.source and isinstance(sampler.exact, bool)
+    assert sampler.schedule(10)[-1] == 10 and list(sampler.schedule(10)) == sorted(set(sampler.schedule(10)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weights_sum_to_one_and_nothing_is_changed_in_place(name: str) -> None:
+    sampler = CASES[name][0](4)
+    state = sampler.init(problem(2))
+    rewards = torch.randn(2, 4, dtype=torch.float64)
+    kept = (state.log_weights.clone(), rewards.clone())
+    after, info = sampler.apply(state, Step(3, False, rewards))
+    assert torch.equal(state.log_weights, kept[0]) and torch.equal(rewards, kept[1])
+    torch.testing.assert_close(info.log_weights.exp().sum(1), torch.ones(2, dtype=torch.float64))
+    torch.testing.assert_close(after.log_weights.exp().sum(1), torch.ones(2, dtype=torch.float64))
+
+
+# -------------------------------------------------------------- what reference implementations get wrong, one by one
+
+
+def test_weights_are_carried_over_events_without_resampling() -> None:
+    """Bug 1: an increment is forgotten when nothing is resampled, so the target is lost."""
+    rewards = [torch.tensor([[0.1, 0.2, 0.0, 0.1]]), torch.tensor([[0.3, 0.1, 0.2, 0.2]]), torch.tensor([[0.5, 0.0, 0.3, 0.4]])]
+    for potential in ("difference", "max", "sum", "immediate"):
+        state, infos = play(fixed(potential, threshold=0.01), rewards)
+        assert not any(bool(i.resampled.any()) for i in infos)
+        torch.testing.assert_close(state.log_weights, rewards[-1].double().log_softmax(1))
+
+
+@pytest.mark.parametrize("potential", ["max", "sum"])
+def test_the_final_reward_decides_not_the_running_statistic(potential: str) -> None:
+    """Bug 2: the final weight of `max` and `sum` must be exp(lambda r(x0)), also after resampling."""
+    early, late = torch.tensor([[9.0, 0.0, 0.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.0, 2.0]])
+    state, _ = play(fixed(potential, threshold=0.01), [early, late])
+    torch.testing.assert_close(state.log_weights, late.double().log_softmax(1))
+    state, infos = play(fixed(potential, trigger="always"), [early, late])
+    assert bool(infos[0].resampled.all())
+    # after resampling: r(x0) - log G of the ancestor, whichever particle it was
+    carried = early.double().gather(1, infos[0].ancestors)
+    torch.testing.assert_close(state.log_weights, (late.double() - carried).log_softmax(1))
+
+
+def test_large_rewards_do_not_saturate() -> None:
+    """Bug 3: weights in linear space tie above exp(23)."""
+    state, _ = play(fixed(threshold=0.01), [torch.tensor([[200.0, 194.0, 0.0, -500.0]])])
+    assert float(state.log_weights.exp()[0, 0]) == pytest.approx(1 / (1 + math.exp(-6)), rel=1e-9)
+    assert float(state.log_z) == pytest.approx(200 + math.log1p(math.exp(-6)) - math.log(4), rel=1e-9)
+
+
+def test_negative_rewards_are_told_apart_by_max() -> None:
+    """Bug 4: a floor of zero makes all rewards below it alike."""
+    _, infos = play(fixed("max", threshold=0.01), [torch.tensor([[-3.0, -1.0, -2.0, -4.0]]), torch.zeros(1, 4)])
+    torch.testing.assert_close(infos[0].log_weights, torch.tensor([[-3.0, -1.0, -2.0, -4.0]]).double().log_softmax(1))
+
+
+def test_final_weights_are_kept_when_the_ess_is_high() -> None:
+    """Bug 5: at a high final ESS the weights are dropped and the selection is by reward alone."""
+    state, infos = play(fixed(), [torch.tensor([[0.1, 0.0, 0.05, 0.1]])])
+    assert float(infos[-1].ess) > 3.9
+    torch.testing.assert_close(state.log_weights, torch.tensor([[0.1, 0.0, 0.05, 0.1]]).double().log_softmax(1))
+
+
+def test_groups_are_resampled_apart() -> None:
+    """Bug 6: a batch of prompts is one population; and bug 22: ESS averaged over groups."""
+    rewards = torch.tensor([[0.0, 0.0, 0.0, 0.0], [90.0, 0.0, 0.0, 0.0]])
+    _, infos = play(fixed(), [rewards, rewards])
+    assert infos[0].resampled.tolist() == [False, True]
+    assert infos[0].ancestors.tolist() == [[0, 1, 2, 3], [0, 0, 0, 0]]
+
+
+def test_potentials_do_not_see_a_constant() -> None:
+    rewards = [torch.randn(3, 4, dtype=torch.float64) for _ in range(3)]
+    for potential in ("difference", "max", "sum", "immediate"):
+        plain, _ = play(fixed(potential), rewards)
+        shifted, _ = play(fixed(potential), [r + 5 for r in rewards])
+        torch.testing.assert_close(plain.log_weights, shifted.log_weights)
+
+
+def test_reindexed_state_belongs_to_the_ancestors() -> None:
+    """What is carried equals what is recomputed from the ancestor's reward."""
+    rewards = torch.randn(5, 4)
+    state, infos = play(fixed(trigger="always"), [rewards, torch.zeros(5, 4)][:1] + [rewards])
+    first, info = fixed(trigger="always").apply(fixed().init(problem(5)), Step(1, False, rewards.double()))
+    torch.testing.assert_close(first.log_potential, rewards.double().gather(1, info.ancestors))
+
+
+# ------------------------------------------------------------------------------------------------------ tempering
+
+
+def test_tempering_keeps_the_ess_and_never_cools_down() -> None:
+    rewards = [torch.randn(6, 8) * s for s in (1.0, 3.0, 0.2, 2.0)]
+    state, infos = play(FeynmanKac(8, target_ess=0.5), rewards)
+    exponents = torch.stack([i.exponent for i in infos])
+    assert (exponents[1:] >= exponents[:-1]).all()
+    assert all(bool((i.ess >= 4 - 1e-3).all()) or bool((i.exponent == infos[n].exponent).any()) for n, i in enumerate(infos))
+    assert float(infos[0].ess.max()) == pytest.approx(4, rel=1e-3)
+    capped, infos = play(FeynmanKac(8, target_ess=0.5, scale=0.3), rewards)
+    assert float(capped.exponent.max()) <= 0.3
+
+
+def test_tempered_weights_are_those_of_the_final_exponent() -> None:
+    rewards = [torch.tensor([[1.0, 0.0, 2.0, 0.5]]), torch.tensor([[0.0, 1.0, 0.5, 0.2]])]
+    state, _ = play(FeynmanKac(4, threshold=0.51), rewards)
+    assert state.log_weights.exp().sum() == pytest.approx(1)
+    state, infos = play(FeynmanKac(4, trigger="ess", threshold=0.501, target_ess=0.5, scale=0.2), rewards)
+    assert not bool(infos[0].resampled.any())
+    torch.testing.assert_close(state.log_weights, (0.2 * rewards[-1].double()).log_softmax(1))
+
+
+# ------------------------------------------------------------------------------------------------- what may go wrong
+
+
+def test_nan_rewards_lose() -> None:
+    rewards = torch.tensor([[math.nan, 1.0, 0.0, -math.inf]])
+    state, infos = play(fixed(trigger="always"), [rewards, torch.zeros(1, 4)])
+    assert set(infos[0].ancestors[0].tolist()) <= {1, 2}
+    state, _ = play(fixed(), [rewards])
+    assert state.log_weights.exp()[0].tolist()[0] == 0 == state.log_weights.exp()[0].tolist()[3]
+    for tempered in (FeynmanKac(4), FeynmanKac(4, trigger="always")):
+        state, _ = play(tempered, [rewards, torch.tensor([[math.nan, 0.3, 0.2, 0.1]])])
+        assert state.log_weights.exp().sum() == pytest.approx(1) and state.log_weights[0, 0] == -math.inf
+
+
+def test_all_nan_warns_and_goes_uniform() -> None:
+    lost = torch.full((2, 4), math.nan)
+    lost[1] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    with pytest.warns(UserWarning, match="no finite reward in group 0 after step 1"):
+        state, infos = play(fixed(threshold=0.01), [lost, torch.zeros(2, 4)])
+    torch.testing.assert_close(infos[0].log_weights[0].exp(), torch.full((4,), 0.25, dtype=torch.float64))
+    torch.testing.assert_close(infos[0].log_weights[1], lost[1].double().log_softmax(0))
+    assert torch.isfinite(state.log_z).all()
+
+
+def test_nothing_is_resampled_once_no_noise_is_to_come() -> None:
+    strong = torch.tensor([[50.0, 0.0, 0.0, 0.0]])
+    _, infos = play(fixed(trigger="always"), [strong, strong, strong], last_noise=1)
+    assert [bool(i.resampled.any()) for i in infos] == [True, False, False]
+
+
+def test_a_failing_reward_is_named_with_prompt_and_step() -> None:
+    def broken(x: Tensor, prompts: list[str]) -> Tensor:
+        if "b" in prompts:
+            raise RuntimeError("out of paint")
+        return x[:, 0]
+
+    with pytest.raises(RewardError, match="broken raised RuntimeError for the prompt 'b' after step 2 of 10: out of paint"):
+        SteeredPipeline(MODEL, FeynmanKac(2), broken)(["a", "b"], num_inference_steps=10, seed=0)
+    for bad, message in ((lambda x, p: x, "wanted"), (lambda x, p: x[:, 0] * 0 + math.inf, r"is \+inf for the prompt 'a'")):
+        with pytest.raises(RewardError, match=message):
+            SteeredPipeline(MODEL, FeynmanKac(2), bad)(["a"], num_inference_steps=10, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FeynmanKac(eta=0.0), r"eta=0; .* set eta in \(0, 1\]"),
+        (lambda: FeynmanKac(0), "particles=0"),
+        (lambda: FeynmanKac(potential="maximum"), "'maximum' is unknown; valid: difference, max, sum, immediate"),
+        (lambda: FeynmanKac(potential="max"), "set scale and target_ess=null"),
+        (lambda: FeynmanKac(target_ess=None), "set scale"),
+        (lambda: FeynmanKac(target_ess=1.5), "in \\(0, 1\\)"),
+        (lambda: FeynmanKac(threshold=0.4), "must exceed target_ess"),
+        (lambda: FeynmanKac(scale=math.nan), "finite"),
+        (lambda: FeynmanKac(resampling="magic"), "systematic"),
+        (lambda: FeynmanKac(trigger="never"), "ess, always"),
+        (lambda: FeynmanKac(events=[0.5, 1.5]), "fractions"),
+        (lambda: FeynmanKac(events=0), "whole number"),
+        (lambda: BestOfN(0), "particles=0"),
+        (lambda: BestOfN(eta=2.0), "eta=2"),
+        (lambda: SteeredPipeline(MODEL, FeynmanKac()), "give reward="),
+        (lambda: SteeredPipeline(MODEL, FeynmanKac(), position, output="top"), "best, draw, all"),
+        (lambda: SteeredPipeline(MODEL, FeynmanKac(), position)([]), "no prompts"),
+        (lambda: SteeredPipeline(MODEL, FeynmanKac(), position)(["a"], guidance_scale=3), "takes no argument 'guidance_scale'"),
+        (lambda: SteeredPipeline(MODEL, FeynmanKac(), position)(["a"], num_inference_steps=5000), "1 to 1000"),
+    ],
+)
+def test_bad_values_are_refused_with_one_clear_line(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(DiffsteerError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_events_by_fractions_counts_and_all() -> None:
+    assert FeynmanKac(events=[0.2, 0.5, 0.999]).schedule(10) == (2, 5, 10)
+    assert FeynmanKac(events=4).schedule(10) == (4, 8, 10)
+    assert FeynmanKac(events="all").schedule(4) == (1, 2, 3, 4)
+    assert FeynmanKac().schedule(1) == (1,)
+
+
+def test_outputs_are_explicit() -> None:
+    run = {o: SteeredPipeline(MODEL, fixed(), position, output=o)(["a"] * 300, num_inference_steps=6, seed=0) for o in ("best", "draw", "all")}
+    best = run["best"]
+    assert torch.equal(best.chosen, best.rewards.argmax(1)) and torch.equal(best.chosen, run["all"].chosen)
+    drawn = run["draw"].rewards.gather(1, run["draw"].chosen[:, None]).mean()
+    expected = (best.log_weights.exp() * best.rewards).sum(1)
+    spread = (best.log_weights.exp() * (best.rewards - expected[:, None]) ** 2).sum(1).mean().sqrt() / 300**0.5
+    assert abs(float(drawn - expected.mean())) < 4 * float(spread)
+    assert torch.equal(best.samples, run["draw"].samples)
+
+
+def test_lineage_follows_the_ancestors() -> None:
+    out = SteeredPipeline(MODEL, FeynmanKac(4), position)(["a", "b"], num_inference_steps=20, seed=2)
+    lineage = out.trace.lineage()
+    assert lineage.shape == (6, 2, 4)
+    roots = torch.arange(4).expand(2, 4)
+    for ancestors in out.trace.ancestors:
+        roots = torch.stack([r[a] for r, a in zip(roots, ancestors, strict=True)])
+    assert torch.equal(lineage[-1], roots)
+
+
+def test_same_seed_same_result_and_generator_is_the_seed() -> None:
+    pipe = SteeredPipeline(MODEL, FeynmanKac(4), position)
+    first = pipe(["a"], num_inference_steps=6, seed=11)
+    second = pipe(["a"], num_inference_steps=6, generator=torch.Generator("cpu").manual_seed(11))
+    other = pipe(["a"], num_inference_steps=6, seed=12)
+    assert torch.equal(first.samples, second.samples) and not torch.equal(first.samples, other.samples)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe(["a"], num_inference_steps=6)
+
+
+def test_the_reward_may_be_asked_something_else() -> None:
+    def length(x: Tensor, prompts: list[str]) -> Tensor:
+        return torch.tensor([float(len(p)) for p in prompts])
+
+    pipe = SteeredPipeline(MODEL, FeynmanKac(2), length)
+    assert pipe(["", "abc"], num_inference_steps=4, seed=0, reward_prompts=["four", "fives"]).rewards.tolist() == [[4, 4], [5, 5]]
+    with pytest.raises(DiffsteerError, match="1 reward_prompts for 2"):
+        pipe(["", "abc"], reward_prompts=["x"])
