@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
 from diffsteer import rng
@@ -50,6 +52,16 @@ def check_call(pipe: Any, call: dict[str, Any]) -> None:
             raise DiffsteerError(f"{type(pipe).__name__} takes no argument {name!r}{hint}")
         if name in _OWN | _PER_ROW:
             raise DiffsteerError(f"the argument {name!r} of {type(pipe).__name__} cannot be given to a steered run")
+
+
+def quiet() -> None:
+    """No progress bars and, unless their own variables ask for more, only errors from diffusers and transformers."""
+    from transformers.utils import logging as transformers_logging
+
+    for name, logging in (("DIFFUSERS_VERBOSITY", diffusers_logging), ("TRANSFORMERS_VERBOSITY", transformers_logging)):
+        if name not in os.environ:
+            logging.set_verbosity_error()
+        logging.disable_progress_bar()
 
 
 def vae_decoder(pipe: Any) -> Callable[[Tensor], Tensor]:

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffsteer import __version__
 
@@ -170,7 +170,7 @@ def _list(argv: list[str]) -> int:
     if len(argv) != 1 or argv[0] not in KINDS:
         from diffsteer.registry import nearest
 
-        return _complain(f"list {' '.join(argv)}{nearest(argv[0] if argv else '', KINDS)}")
+        return _complain(f"list {' '.join(argv) or 'what'}?{nearest(argv[0] if argv else '', KINDS)}")
     for line in KINDS[argv[0]]():
         print(line)
     return OK

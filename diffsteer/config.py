@@ -144,9 +144,10 @@ def for_hydra(argv: list[str]) -> list[str]:
 def quoted(text: str) -> str:
     """A text as a quoted value of Hydra's grammar that comes out unchanged.
 
-    OmegaConf reads ``${`` as an interpolation, and takes backslashes before it for escapes; Hydra those before a quote.
+    OmegaConf reads ``${`` as an interpolation, and takes backslashes before it for escapes; Hydra those before a quote. A bare
+    ``???`` would mean a missing value and has no escape, so its first letter becomes an interpolation.
     """
-    text = re.sub(r"(\\*)\$\{", lambda m: 2 * m[1] + r"\${", text)
+    text = re.sub(r"(\\*)\$\{", lambda m: 2 * m[1] + r"\${", text) if text != MISSING else "${oc.decode:\"'?'\"}??"
     return "'" + re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + (r"\'" if m[2] else ""), text) + "'"
 
 

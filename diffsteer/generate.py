@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,10 @@ from tqdm import tqdm
 from diffsteer.batch import GRID, MANIFEST, Folder, Item, as_items, generate, read_items
 from diffsteer.config import Config, build, settings
 from diffsteer.pipeline import SteeredPipeline, load_pipeline
-from diffsteer.registry import nearest
+from diffsteer.registry import find, nearest
 from diffsteer.run import OUTPUTS
-from diffsteer.samplers import BestOfN
-from diffsteer.sheet import sheet
 from diffsteer.shapes.models import MODELS
+from diffsteer.sheet import sheet
 from diffsteer.types import DiffsteerError, Info, Sampler
 
 # What runs without a prompt: one caption a task of the shapes world.
@@ -51,18 +49,18 @@ def generate_folder(config: DictConfig, out: Path, shown: str) -> None:
     reward = None if OmegaConf.is_missing(config, "reward") else build("reward", config.reward)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = Folder(out, items, settings(config, device=device.partition(":")[0])[1])
-    folders = [(folder, sampler)]
+    runs = {"steered" if sampler else PLAIN: (folder, sampler)}
     if demo and sampler is not None:
-        baseline = BestOfN(particles=1, eta=sampler.eta)
-        folders.insert(0, (Folder(out / PLAIN, items, folder.settings_hash), baseline))
+        baseline = find("sampler", "best_of_n")(particles=1, eta=sampler.eta)
+        runs = {PLAIN: (Folder(out / PLAIN, items, folder.settings_hash), baseline), **runs}
     _snapshot(config, out)
-    todo = sum(len(f.missing) for f, _ in folders)
+    todo = sum(len(f.missing) for f, _ in runs.values())
     kept = len(items) - len(folder.missing)
     pipe = _load(config, device) if todo else None
-    for f, method in folders:
+    for f, method in runs.values():
         _fill(f, config, pipe, method, reward)
     if demo:
-        _show_demo([f for f, _ in folders])
+        _show_demo({name: f for name, (f, _) in runs.items()})
     before = f"; {kept} of them were there already" if kept else ""
     print(f"{len(items)} image{'s' * (len(items) > 1)}, {GRID} and {MANIFEST} in {shown}{before}")
 
@@ -111,15 +109,9 @@ def _snapshot(config: DictConfig, out: Path) -> None:
 
 
 def _load(config: DictConfig, device: str) -> Any:
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
+    from diffsteer.backend import quiet
 
-    if "TRANSFORMERS_VERBOSITY" not in os.environ:
-        transformers_logging.set_verbosity_error()
-    if "DIFFUSERS_VERBOSITY" not in os.environ:
-        diffusers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    diffusers_logging.disable_progress_bar()
+    quiet()
     options = {key: config.model[key] for key in ("revision", "variant") if config.model[key] is not None}
     pipe = load_pipeline(config.model.path, **options)
     pipe.set_progress_bar_config(disable=True)
@@ -136,8 +128,9 @@ def _fill(folder: Folder, config: DictConfig, pipe: Any, sampler: Sampler | None
     )
     prompts, particles = len(folder.missing), sampler.particles if sampler else 1
     cost = steered.estimate(prompts, config.num_inference_steps, config.guidance_scale)
+    what = f"{cost.evaluations} evaluations, {cost.decodes} decodes, {cost.reward_calls} reward calls"
     name = "pipeline" if sampler is None else f"{sampler.name} with {particles} particle{'s' * (particles > 1)}"
-    print(f"{prompts} prompt{'s' * (prompts > 1)}, {name}: {cost}", flush=True)
+    print(f"{prompts} prompt{'s' * (prompts > 1)}, {name}: {what}", flush=True)
     call = {} if config.guidance_scale is None else {"guidance_scale": config.guidance_scale}
     with tqdm(total=cost.decodes // particles, unit="event", disable=None) as bar:
 
@@ -159,24 +152,27 @@ def _fill(folder: Folder, config: DictConfig, pipe: Any, sampler: Sampler | None
         )
 
 
-def _show_demo(folders: list[Folder]) -> None:
-    """A table of verdicts and rewards, a line a prompt, plain first; the sheet shows the plain images above the steered ones."""
+def _show_demo(folders: dict[str, Folder]) -> None:
+    """A table of verdicts and rewards, a line a prompt; the sheet of the last folder shows its images below the others'."""
     from PIL import Image
 
     from diffsteer.shapes.check import check
 
-    names = [PLAIN, "steered"][-len(folders) :]
-    wide = max(map(len, CAPTIONS)) + 2
-    print("\n" + "prompt".ljust(wide) + "".join(f"{name + ' reward':>16}" for name in names) + "   verdicts")
-    for item in folders[0].items:
-        entries = [f.entries[item.id] for f in folders]
-        verdicts = []
-        for name, f, entry in zip(names, folders, entries, strict=True):
-            with Image.open(f.path / entry["image"]) as image:
+    table = [["prompt", *folders, "reward: " + ", ".join(folders)]]
+    last = list(folders.values())[-1]
+    for item in last.items:
+        verdicts, rewards = [], []
+        for folder in folders.values():
+            entry = folder.entries[item.id]
+            with Image.open(folder.path / entry["image"]) as image:
                 verdict = check(image, item.prompt)
-            verdicts.append(f"{name} {'right' if verdict.correct else 'wrong: ' + '; '.join(verdict.reasons)}")
-        rewards = "".join(f"{'none' if e['reward'] is None else format(e['reward'], '.3f'):>16}" for e in entries)
-        print(item.prompt.ljust(wide) + rewards + "   " + " | ".join(verdicts))
+            verdicts.append("right" if verdict.correct else f"wrong: {verdict.reasons[0]}")
+            rewards.append("none" if entry["reward"] is None else f"{entry['reward']:.3f}")
+        table.append([item.prompt, *verdicts, ", ".join(rewards)])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     print()
-    rows = [[f.path / f.entries[item.id]["image"] for item in f.items] for f in folders]
-    sheet(rows, CAPTIONS, folders[-1].path / GRID)
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print()
+    rows = [[f.path / f.entries[item.id]["image"] for item in f.items] for f in folders.values()]
+    sheet(rows, CAPTIONS, last.path / GRID)

@@ -61,10 +61,7 @@ def fit(images: Tensor, size: tuple[int, int], resize: str, interpolation: str =
         inner = (max(1, round(height / shrink)), max(1, round(width / shrink)))
     else:
         inner = size
-    for step in (
-        (height, inner[1]),
-        inner,
-    ):  # bicubic overshoots, and PIL clips after either pass; the gradient passes all the same
+    for step in ((height, inner[1]), inner):  # bicubic overshoots; PIL clips after either pass. All the same, gradients pass
         images = F.interpolate(images, step, mode=interpolation, align_corners=False, antialias=True)
         images = images + (images.clamp(0, 1) - images).detach()
     if resize == "crop":
@@ -102,7 +99,7 @@ class OpenClip:
     def encode_text(self, prompt: str) -> Tensor:
         """Features (D,) of a prompt, encoded alone, so that they do not depend on the batch; then remembered."""
         if prompt not in self._texts:
-            with torch.inference_mode(False), torch.no_grad():  # an inference tensor would be of no use with autograd
+            with torch.no_grad():
                 ids = self._tokenizer([prompt]).to(self.device)
                 self._texts[prompt] = F.normalize(self.model.encode_text(ids).float(), dim=-1)[0]
             self._warn_if_cut(prompt, ids.shape[1])
@@ -146,7 +143,7 @@ def load(model_name: str, pretrained: str | None, device: str = "cpu") -> OpenCl
 
     name = f"local-dir:{models.CLIP}" if model_name == EMBEDDED else model_name
     quick_gelu = _needs_quick_gelu(name, pretrained)
-    with _quiet(), torch.random.fork_rng(devices=[]), torch.inference_mode(False):
+    with _quiet(), torch.random.fork_rng(devices=[]), torch.inference_mode(False):  # or gradients could not pass later
         try:
             model = open_clip.create_model(
                 name,

@@ -3,6 +3,7 @@
     python scripts/train_shapes.py data --work DIR      render the training scenes          (2 min)
     python scripts/train_shapes.py vae --work DIR       the autoencoder                     (15 min on one core)
     python scripts/train_shapes.py latents --work DIR   encode the scenes, fold the scaling (3 min)
+    python scripts/train_shapes.py decoder --work DIR   polish the decoder                  (10 min on one core)
     python scripts/train_shapes.py unet --work DIR      text encoder and UNet               (60 min on one core)
     python scripts/train_shapes.py clip --work DIR      the miniature CLIP                  (40 min on one core)
     python scripts/train_shapes.py export --work DIR    fp16 safetensors into diffsteer/shapes/weights
@@ -33,7 +34,7 @@ from diffsteer.shapes.scene import Scene, caption, describes, render, sample_sce
 from diffsteer.shapes.tokenizer import CONTEXT, make_tokenizer
 
 SCENES, ENCODED = 80_000, 48_000  # the autoencoder sees all, the painter the first of them
-VAE_STEPS, SHARP_STEPS, UNET_STEPS, CLIP_STEPS = 3_000, 4_500, 8_000, 5_000
+VAE_STEPS, SHARP_STEPS, DECODER_STEPS, UNET_STEPS, CLIP_STEPS = 3_000, 4_500, 3_000, 8_000, 5_000
 
 
 # ---------------------------------------------------------------------------------------------------- the networks
@@ -237,6 +238,29 @@ def stage_latents(work: Path) -> None:
     torch.save(((z - mean[:, None, None]) / std[:, None, None]).half(), work / "latents.pt")
 
 
+def stage_decoder(work: Path) -> None:
+    """Polish the decoder alone; the latents are frozen. Gray backgrounds, which have the least contrast, come more often."""
+    latents, vae = torch.load(work / "latents.pt", weights_only=True), make_vae()
+    images = np.load(work / "images.npy", mmap_mode="r")[: len(latents)]
+    vae.load_state_dict(torch.load(work / "vae_folded.pt", weights_only=True))
+    gray = np.flatnonzero((images[:, 0, 0].astype(int).mean(1) > 100) & (images[:, 0, 0].astype(int).mean(1) < 160))
+    reader = nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder})
+
+    def loss_of(step: int) -> Tensor:
+        rng = np.random.default_rng((4, step))
+        rows = np.sort(np.concatenate([rng.choice(gray, 5), rng.integers(0, len(latents), 3)]))
+        x = pixels(images[rows]) * 2 - 1
+        z = latents[torch.from_numpy(rows)].float()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = reader["decoder"](reader["post_quant_conv"](z + 0.02 * torch.randn_like(z)))
+        error = y.float() - x
+        weight = 1 + 6 * ((x - x.flatten(2).median(2).values[:, :, None, None]).abs().amax(1, keepdim=True) > 0.1)
+        return (weight * (error.abs() + error.square())).mean()
+
+    weights = train("decoder", work, reader, loss_of, DECODER_STEPS, 1e-3).state_dict()
+    torch.save(vae.state_dict() | weights, work / "vae_final.pt")
+
+
 def stage_unet(work: Path) -> None:
     from diffusers import DDIMScheduler
 
@@ -329,7 +353,7 @@ def stage_export(work: Path, out: Path = WEIGHTS) -> None:
     from transformers import CLIPTokenizer
 
     vae, ids = make_vae(), tokenize(work / "tokenizer", [""])
-    vae.load_state_dict(torch.load(work / "vae_folded.pt", weights_only=True))
+    vae.load_state_dict(torch.load(work / "vae_final.pt", weights_only=True))
     painter = Painter(int(ids.max()) + 1)
     painter.load_state_dict(torch.load(work / "unet.pt", weights_only=True))
     pipe = StableDiffusionPipeline(
@@ -354,7 +378,7 @@ def stage_export(work: Path, out: Path = WEIGHTS) -> None:
     print(sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6, "MB")
 
 
-STAGES = {f.__name__.removeprefix("stage_"): f for f in (stage_data, stage_vae, stage_latents, stage_unet, stage_clip, stage_export)}
+STAGES = {f.__name__.removeprefix("stage_"): f for f in (stage_data, stage_vae, stage_latents, stage_decoder, stage_unet, stage_clip, stage_export)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

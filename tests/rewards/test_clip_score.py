@@ -106,17 +106,6 @@ def test_gradient_is_that_of_finite_differences(clip_folder: Path, images: Tenso
     torch.testing.assert_close((high - low)[0] / 1e-2, gradient.norm(), rtol=0.03, atol=0)
 
 
-def test_gradient_after_inference_mode(clip_folder: Path, images: Tensor) -> None:
-    reward = ClipScore(f"local-dir:{clip_folder}")
-    with torch.inference_mode():
-        blind = reward.score(images, PROMPTS, CTX)
-    x = images.clone().requires_grad_()
-    scores = reward.score(x, PROMPTS, CTX)
-    scores.sum().backward()
-    torch.testing.assert_close(blind.clone(), scores.detach())
-    assert x.grad is not None and bool(x.grad.any())
-
-
 def test_checkpoint_follows_the_model(embedded_clip: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str | None]] = []
 
@@ -213,7 +202,7 @@ def test_what_cannot_be_loaded(name: str, pretrained: str | None, message: str) 
 
 def test_a_folder_without_weights_is_not_random(clip_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "open_clip_config.json").write_text((clip_folder / "open_clip_config.json").read_text())
-    with pytest.raises(DiffsteerError, match="could not be loaded"):
+    with pytest.raises(DiffsteerError, match="the CLIP model local-dir:.* could not be loaded"):
         ClipScore(f"local-dir:{tmp_path}").prepare(PROMPTS, CTX)
 
 

@@ -48,6 +48,9 @@ def test_reward(exported: str, clip_folder: Path, head_file: Path, images: Tenso
         again, fresh = reward.score(images, PROMPTS, CTX), MAKE[exported](clip_folder, head_file).score(images, PROMPTS, CTX)
     assert reward.deterministic and torch.equal(again, scores) and torch.equal(fresh, scores)
 
+    late = MAKE[exported](clip_folder, head_file)
+    with torch.inference_mode():
+        late.score(images, PROMPTS, CTX)  # loads what it needs, and gradients pass all the same
     x = images.clone().requires_grad_()
     live = reward.score(x, PROMPTS, CTX)
     torch.testing.assert_close(live.detach(), scores, rtol=1e-4, atol=1e-4)
@@ -55,6 +58,8 @@ def test_reward(exported: str, clip_folder: Path, head_file: Path, images: Tenso
     if reward.differentiable:
         (gradient,) = torch.autograd.grad(live.sum(), x)
         assert gradient.isfinite().all() and bool(gradient.flatten(1).any(1).all())
+        (again,) = torch.autograd.grad(late.score(x, PROMPTS, CTX).sum(), x)
+        torch.testing.assert_close(again, gradient)
 
     with torch.no_grad():
         shuffled = reward.score(images, PROMPTS[::-1], CTX)
