@@ -36,7 +36,8 @@ def to_clean(prediction: str, x: Tensor, output: Tensor, at: Level) -> tuple[Ten
 
     Args:
         prediction: "eps"; "x0"; "v" = alpha eps - sigma x0 on the unit circle (Salimans & Ho, 2022, arXiv 2202.00512),
-            x being scaled there first where alpha^2 + sigma^2 is not 1; "velocity" = eps - x0 (Lipman et al., 2022, arXiv 2210.02747).
+            x being scaled there first where alpha^2 + sigma^2 is not 1; "velocity" = eps - x0 (Lipman et al., 2022,
+            arXiv 2210.02747).
         x, output: (N, ...).
         at: the level of x.
 

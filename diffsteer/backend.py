@@ -71,7 +71,8 @@ def vae_decoder(pipe: Any) -> Callable[[Tensor], Tensor]:
         vae = pipe.vae
         with torch.no_grad():
             images = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-        return (images / 2 + 0.5).clamp(0, 1)
+        decoded: Tensor = (images / 2 + 0.5).clamp(0, 1)
+        return decoded
 
     return decode
 

@@ -112,15 +112,15 @@ class Folder:
         whole = _whole_lines(manifest)
         for entry in whole:
             if entry["settings"] != self.settings_hash:
-                raise DiffsteerError(f"{manifest} was made with other settings; choose another out=, or the same settings to go on")
+                raise DiffsteerError(f"{manifest} was made with other settings; choose another out=")
             item = prompts.get(entry["id"])
             if item is not None and (item.prompt, item.image) != (entry["prompt"], entry["image"]):
-                raise DiffsteerError(
-                    f"{manifest} has another prompt or place under the id {item.id!r} ({entry['prompt']!r}); choose another out="
-                )
+                said = f"{entry['prompt']!r} under the id {item.id!r}"
+                raise DiffsteerError(f"{manifest} has {said}, and this run something else; choose another out=")
             if item is None and entry["image"] in [i.image for i in self.items]:
                 raise DiffsteerError(f"{manifest} has {entry['image']} for the id {entry['id']!r}; choose another out=")
-            if all((self.path / image).is_file() for image in [entry["image"], *(p["image"] for p in entry.get("particles", []))]):
+            images = [entry["image"], *(p["image"] for p in entry.get("particles", []))]
+            if all((self.path / image).is_file() for image in images):
                 self.entries[entry["id"]] = entry
 
     @property
@@ -136,8 +136,9 @@ class Folder:
         lines = []
         for p, item in enumerate(items):
             chosen = int(out.chosen[p])
-            facts = [{"reward": _number(r), "log_weight": _number(w)} for r, w in zip(out.rewards[p], out.log_weights[p], strict=True)]
-            entry = {"id": item.id, "prompt": item.prompt, "seed": seed, "image": item.image, **facts[chosen]}
+            pairs = zip(out.rewards[p], out.log_weights[p], strict=True)
+            facts = [{"reward": _number(r), "log_weight": _number(w)} for r, w in pairs]
+            entry: dict[str, Any] = {"id": item.id, "prompt": item.prompt, "seed": seed, "image": item.image, **facts[chosen]}
             entry |= {"log_z": _number(out.log_z[p]), "ledger": counts, "settings": self.settings_hash}
             if output == "all" and len(images) == len(items) * per:
                 names = [f"{item.image.removesuffix('.png')}_{k:02d}.png" for k in range(per)]
@@ -162,7 +163,8 @@ class Folder:
         if not (self.path / MANIFEST).is_file() or (self.path / MANIFEST).read_text(encoding="utf-8") != text:
             with _replacing(self.path / MANIFEST) as part:
                 part.write_text(text, encoding="utf-8")
-        sheet([[self.path / self.entries[id]["image"] for id in asked]], [str(self.entries[id]["prompt"]) for id in asked], self.path / GRID)
+        shown = [self.entries[id] for id in asked]
+        sheet([[self.path / e["image"] for e in shown]], [e["prompt"] for e in shown], self.path / GRID)
 
 
 def generate(

@@ -67,7 +67,7 @@ def _complain(message: str, code: int = WRONG_INPUT) -> int:
 
 
 def _report(error: Exception, more: str = "") -> int:
-    """Print one line for an error and return its exit code."""
+    """Print one line for an error, and `more` if it is no wrong input but a failure; return its exit code."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -77,7 +77,8 @@ def _report(error: Exception, more: str = "") -> int:
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return _complain(explain(error))
     if isinstance(error, DiffsteerError):
-        return _complain(one_line(error) + more, FAILED if isinstance(error, RewardError) else WRONG_INPUT)
+        failed = isinstance(error, RewardError)
+        return _complain(one_line(error) + (more if failed else ""), FAILED if failed else WRONG_INPUT)
     if isinstance(error, (FileExistsError, NotADirectoryError, PermissionError)):
         return _complain(f"{error.filename}: {error.strerror}")
     return _complain(f"{type(error).__name__}: {one_line(error)}{more} ({_FULL_ERROR}=1 shows where)", FAILED)

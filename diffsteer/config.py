@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -77,7 +79,7 @@ def schema(cls: type[Any], name: str) -> type[Any]:
             default = MISSING if default is dataclasses.MISSING else default
             if isinstance(default, (list, tuple, dict)):
                 plain = list(default) if isinstance(default, tuple) else default
-                fields.append((f.name, Any, field(default_factory=lambda plain=plain: plain)))
+                fields.append((f.name, Any, field(default_factory=partial(copy.deepcopy, plain))))
             else:
                 fields.append((f.name, hints[f.name], field(default=default)))
     return dataclasses.make_dataclass(cls.__name__, fields)

@@ -1,7 +1,7 @@
 """The drop-in form: a steered scheduler put on a pipeline by hand.
 
-    pipe.scheduler = steered(pipe.scheduler, FeynmanKac(particles=4), reward=ClipScore(), decoder=pipe, prompts=prompts)
-    images = pipe(prompts, num_images_per_prompt=4).images
+pipe.scheduler = steered(pipe.scheduler, FeynmanKac(particles=4), reward=ClipScore(), decoder=pipe, prompts=prompts)
+images = pipe(prompts, num_images_per_prompt=4).images
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class Steering:
     ) -> None:
         self.sampler, self.output = sampler, output
         self.eta: float | None = None if sampler is None else sampler.eta
+        self.seed: int | None = None
         self.prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         self.ids = tuple(range(len(self.prompts)) if ids is None else ids)
         if sampler is not None and not self.prompts:
@@ -110,7 +111,8 @@ class Steering:
         wanted = len(self.prompts) * self.sampler.particles
         if rows != wanted:
             raise DiffsteerError(
-                f"{len(self.prompts)} prompt(s) x {self.sampler.particles} particles are {wanted} rows, but the pipeline has {rows}: "
+                f"{len(self.prompts)} prompt(s) x {self.sampler.particles} particles are {wanted} rows, "
+                f"but the pipeline has {rows}: "
                 f"call it with the same prompts and num_images_per_prompt={self.sampler.particles}"
             )
         if self.seed is None:
@@ -120,7 +122,9 @@ class Steering:
             if reward is not None:
                 reward.prepare(self.prompts, Context(0, total, self.embedded))
         levels = getattr(self.scheduler, "levels", [])
-        noisy = [k for k, (a, b) in enumerate(zip(levels, levels[1:], strict=False)) if float(noise_std(a, b, self.eta or 0.0)) > 0]
+        noisy = [
+            k for k, (a, b) in enumerate(zip(levels, levels[1:], strict=False)) if float(noise_std(a, b, self.eta or 0.0)) > 0
+        ]
         problem = Problem(len(self.prompts), total, max(noisy, default=-1), self.seed, self.ids)
         scorer = Scorer(self.reward, self.decode, self.prompts, self.ledger, self.embedded, self.chunk)
         self.selection = Selection(self.sampler, problem, scorer)
@@ -132,7 +136,9 @@ class Steering:
         deciding = rewards if self.choice is None else selection.scorer.score(selection.samples, total, total, self.choice)
         chosen = choose(self.output, deciding, log_weights, selection.problem.seed, self.ids)
         order = torch.arange(rewards.shape[1]).repeat(len(rewards), 1)
-        order = torch.stack([torch.cat([row[c : c + 1], row[:c], row[c + 1 :]]) for row, c in zip(order, chosen.tolist(), strict=True)])
+        order = torch.stack(
+            [torch.cat([row[c : c + 1], row[:c], row[c + 1 :]]) for row, c in zip(order, chosen.tolist(), strict=True)]
+        )
         self.rewards, self.log_weights = reindex((rewards, log_weights), order)
         self.log_z, self.trace = selection.state.log_z, Trace(tuple(selection.infos))
         self.ledger.close()

@@ -19,7 +19,9 @@ def check_events(spec: Any, who: str) -> None:
         return
     if fractions and all(isinstance(f, (int, float)) and 0 < f < 1 for f in spec):
         return
-    raise DiffsteerError(f'{who}: events={spec!r}; valid: "all", a whole number n (every n-th step), or fractions in (0, 1) such as [0.2, 0.5]')
+    raise DiffsteerError(
+        f'{who}: events={spec!r}; valid: "all", a whole number n (every n-th step), or fractions in (0, 1) such as [0.2, 0.5]'
+    )
 
 
 def event_steps(spec: Any, steps: int) -> tuple[int, ...]:

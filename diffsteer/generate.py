@@ -17,9 +17,9 @@ from diffsteer.config import Config, build, settings
 from diffsteer.pipeline import SteeredPipeline, load_pipeline
 from diffsteer.registry import find, nearest
 from diffsteer.run import OUTPUTS
-from diffsteer.shapes.models import MODELS
+from diffsteer.shapes.models import MODELS, is_embedded
 from diffsteer.sheet import sheet
-from diffsteer.types import DiffsteerError, Info, Sampler
+from diffsteer.types import Context, DiffsteerError, Info, Sampler
 
 # What runs without a prompt: one caption a task of the shapes world.
 CAPTIONS = (
@@ -57,6 +57,8 @@ def generate_folder(config: DictConfig, out: Path, shown: str) -> None:
     todo = sum(len(f.missing) for f, _ in runs.values())
     kept = len(items) - len(folder.missing)
     pipe = _load(config, device) if todo else None
+    if pipe is not None and reward is not None:  # a prompt that cannot be scored is refused before any other is done
+        reward.prepare([item.prompt for item in folder.missing], Context(embedded=is_embedded(pipe)))
     for f, method in runs.values():
         _fill(f, config, pipe, method, reward)
     if demo:
@@ -95,14 +97,16 @@ def _items(config: DictConfig) -> list[Item]:
         try:
             f"{item.id}{item.prompt}".encode()
         except UnicodeEncodeError as error:
-            raise DiffsteerError(f"prompt {item.id!r} is not Unicode text ({error.reason} at character {error.start})") from error
+            raise DiffsteerError(
+                f"prompt {item.id!r} is not Unicode text ({error.reason} at character {error.start})"
+            ) from error
     return items
 
 
 def _snapshot(config: DictConfig, out: Path) -> None:
     """Hydra's snapshot, as Hydra writes it."""
     (out / ".hydra").mkdir(exist_ok=True)
-    whole = HydraConfig.instance().cfg
+    whole: Any = HydraConfig.instance().cfg
     OmegaConf.save(config, out / ".hydra" / "config.yaml")
     OmegaConf.save(OmegaConf.masked_copy(whole, "hydra"), out / ".hydra" / "hydra.yaml")
     OmegaConf.save(HydraConfig.get().overrides.task, out / ".hydra" / "overrides.yaml")

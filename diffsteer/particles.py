@@ -12,16 +12,15 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def per_row() -> Any:
-    """Declare a dataclass field as one value a particle, (P, K, ...): `reindex` permutes these fields and no others."""
-    return dataclasses.field(metadata={"per_row": True})
+# Declares a dataclass field as one value a particle, (P, K, ...): `reindex` permutes these fields and no others.
+PER_ROW: dict[str, Any] = {"per_row": True}
 
 
 def reindex(tree: T, ancestors: Tensor) -> T:
     """The one function that follows ancestors.
 
     Args:
-        tree: a tensor (P, K, ...), a dataclass (its `per_row` fields are followed, the others kept), or a list, tuple or dict of such.
+        tree: a tensor (P, K, ...), a dataclass (its `PER_ROW` fields are followed, the others kept), or a list, tuple or dict.
         ancestors: (P, K) long; particle k of group p becomes a copy of particle ``ancestors[p, k]`` of the same group.
 
     Raises:
@@ -33,7 +32,9 @@ def reindex(tree: T, ancestors: Tensor) -> T:
         groups = torch.arange(len(ancestors), device=tree.device)[:, None]
         return tree[groups, ancestors.to(tree.device)]  # type: ignore[return-value]
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        moved = {f.name: reindex(getattr(tree, f.name), ancestors) for f in dataclasses.fields(tree) if f.metadata.get("per_row")}
+        moved = {
+            f.name: reindex(getattr(tree, f.name), ancestors) for f in dataclasses.fields(tree) if f.metadata.get("per_row")
+        }
         return dataclasses.replace(tree, **moved)
     if isinstance(tree, dict):
         return type(tree)((k, reindex(v, ancestors)) for k, v in tree.items())

@@ -104,8 +104,8 @@ class SteeredPipeline:
 
         Args:
             prompts: one or P of them.
-            seed: the key of all randomness; ``seed=n`` is ``generator=torch.Generator("cpu").manual_seed(n)``. Without either one is drawn.
-            ids: one id a prompt, which keys its noise; default: its index. A prompt with its id gives the same result in any batch.
+            seed: the key of all randomness; ``seed=n`` is the generator seeded with n. Without either one is drawn.
+            ids: one id a prompt, which keys its noise; default: its index. A prompt and its id give the same in any batch.
             negative_prompt: one for all, or P.
             latents: first states, (P * K, C, h, w), prompt-major, as the pipeline takes them.
             reward_prompts: P texts for the reward, where it is to ask for something else than the prompts say.
@@ -129,7 +129,7 @@ class SteeredPipeline:
         options: dict[str, Any] = {"num_inference_steps": num_inference_steps} if num_inference_steps else {}
         if self.sampler is None:
             return self._plain(prompts, asked, generator, negative_prompt, latents, options | call)
-        keys = {
+        keys: dict[str, Any] = {
             "particles": self.sampler.particles,
             "seed": generator.initial_seed(),
             "ids": ids,
@@ -139,7 +139,11 @@ class SteeredPipeline:
         }
         if isinstance(self.pipe, CallableModel):
             if call or negative_prompt is not None or latents is not None:
-                extra = [*call, *(["negative_prompt"] if negative_prompt else []), *(["latents"] if latents is not None else [])]
+                extra = [
+                    *call,
+                    *(["negative_prompt"] if negative_prompt else []),
+                    *(["latents"] if latents is not None else []),
+                ]
                 raise DiffsteerError(f"a CallableModel takes no argument {extra[0]!r}")
             session: Session = CallableSession(self.pipe, prompts, **options, **keys)
             return run(session, self.sampler, self.reward, self.output, self.choice, asked, watch=watch)

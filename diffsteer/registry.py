@@ -21,13 +21,13 @@ def registered(kind: str) -> dict[str, type[Any]]:
         DiffsteerError: a plug-in that cannot be imported.
     """
     module = importlib.import_module(KINDS[kind])
-    shipped = [getattr(module, name) for name in module.__all__]
-    found = {cls.name: cls for cls in shipped if inspect.isclass(cls) and isinstance(getattr(cls, "name", None), str)}
+    shipped: list[Any] = [cls for cls in (getattr(module, name) for name in module.__all__) if inspect.isclass(cls)]
+    found: dict[str, type[Any]] = {cls.name: cls for cls in shipped if isinstance(getattr(cls, "name", None), str)}
     for point in entry_points(group=KINDS[kind]):
         try:
             found.setdefault(point.name, point.load())
         except (ImportError, AttributeError) as error:
-            raise DiffsteerError(f"the {kind} {point.name!r} of the entry point {point.value} cannot be imported: {error}") from error
+            raise DiffsteerError(f"the {kind} {point.name!r} cannot be imported from {point.value}: {error}") from error
     return found
 
 

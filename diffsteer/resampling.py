@@ -1,11 +1,11 @@
 """Resampling schemes: from the weights of one group to the ancestors of its next generation.
 
-Every scheme is a decorated function ``(weights (K,), generator) -> offspring counts (K,)``, unbiased: particle i has K W_i children
-on average. The decorator turns counts into ancestors in which every survivor stays in its own slot and copies fill the slots of
-the dead, gives the identity for uniform weights, and registers the function under its name.
+Every scheme is a decorated function ``(weights (K,), generator) -> offspring counts (K,)``, unbiased: particle i has K W_i
+children on average. The decorator turns counts into ancestors in which every survivor stays in its own slot and copies fill the
+slots of the dead, gives the identity for uniform weights, and registers the function under its name.
 
     systematic   one uniform, particles shuffled first; floor or ceil of K W_i children. The default.
-    ssp          floor or ceil, negatively associated, consistent whatever the order (Gerber, Chopin & Whiteley, 2019, arXiv 1708.04221).
+    ssp          floor or ceil, negatively associated, consistent in any order (Gerber et al., 2019, arXiv 1708.04221).
     stratified   one uniform a stratum.
     residual     floor(K W_i) children each, the rest multinomial.
     killing      each survives in place with probability W_i / max W, the dead are replaced by multinomial draws: fewest copies.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from diffsteer.types import Context, DiffsteerError
 
-RewardFunction = Callable[[Tensor, Sequence[str]], Tensor]
+RewardFunction = Callable[[Tensor, Any], Tensor]  # (samples (N, ...), N prompts) -> (N,)
 
 
 class Reward:
@@ -91,7 +91,7 @@ class FunctionReward(Reward):
 
     def score(self, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
         """What the function returns, as (N,) float32."""
-        return torch.as_tensor(self.function(samples, prompts))
+        return torch.as_tensor(self.function(samples, prompts)).float()
 
 
 def as_reward(reward: Reward | RewardFunction, input: str = "pixels") -> Reward:

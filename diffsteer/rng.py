@@ -1,7 +1,7 @@
 """Keyed randomness: every draw names what it is for, so batches, blocks of rows, processes and resumes do not change it.
 
-A key is (seed, prompt id, slot, step, purpose). It is hashed to the seed of a fresh CPU generator: no stream is shared, none advances
-behind a caller's back, and a row draws the same numbers wherever it runs.
+A key is (seed, prompt id, slot, step, purpose). It is hashed to the seed of a fresh CPU generator: no stream is shared, none
+advances behind a caller's back, and a row draws the same numbers wherever it runs.
 """
 
 from __future__ import annotations

@@ -71,7 +71,9 @@ class SteeredOutput:
         return folder
 
 
-def estimate(sampler: Sampler | None, prompts: int, steps: int, guided: bool, rewarded: bool = True, chunk: int | None = None) -> Ledger:
+def estimate(
+    sampler: Sampler | None, prompts: int, steps: int, guided: bool, rewarded: bool = True, chunk: int | None = None
+) -> Ledger:
     """The counts that a run will have, before it runs: equal to what it then counts, the padding of blocks aside.
 
     Args:

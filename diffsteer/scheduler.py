@@ -1,6 +1,6 @@
 """The scheduler seam: a subclass, made at run time, of whatever scheduler class the user's pipeline has.
 
-`install` copies a scheduler and gives the copy a class that inherits from `SteeringMixin` and from the scheduler's own class, so
+`install` copies a scheduler and gives the copy a class that inherits from `SteeringMixin` and from the scheduler's own, so
 `isinstance` checks, configuration, time grid and shift are the user's; the user's own object is not touched. What its `step`
 does is asked of a `Control`. The class keeps the name and module of its parent, so that a pipeline saved while a steered
 scheduler sits on it loads again, with the plain scheduler.
@@ -41,11 +41,20 @@ class Control(Protocol):
     outside [start, stop) is told to the pipeline by `pipe._interrupt`, where there is a pipe.
     """
 
-    eta: float | None
-    start: int
-    stop: int | None
-    pipe: Any
-    unit_noise: bool
+    @property
+    def eta(self) -> float | None: ...
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def stop(self) -> int | None: ...
+
+    @property
+    def pipe(self) -> Any: ...
+
+    @property
+    def unit_noise(self) -> bool: ...
 
     def begin(self, scheduler: Any) -> None: ...
 
@@ -80,6 +89,10 @@ class SteeringMixin:
     _control: Control
     levels: list[Level]
     prediction: Tensor
+    timesteps: Any
+    _grid: Tensor
+    _index: int | None
+    _step_index: int | None
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         """The user's grid and levels; then the part of it that the control wants."""
@@ -88,8 +101,8 @@ class SteeringMixin:
         if control.eta:
             _drop_repeats(self)
             self.levels = scheduler_levels(self)
-        self._grid: Tensor = self.timesteps.as_subclass(Tensor)
-        self._index: int | None = None
+        self._grid = self.timesteps.as_subclass(Tensor)
+        self._index = None  # not located yet
         if control.start and hasattr(self, "_begin_index"):
             self._begin_index = control.start
         if control.pipe is not None:
@@ -143,9 +156,8 @@ class SteeringMixin:
             accepted = inspect.signature(super().step).parameters  # type: ignore[misc]
             own = {name: value for name, value in own.items() if name in accepted}
             out = super().step(model_output, timestep, sample, return_dict=True, **own)  # type: ignore[misc]
-            x_next = out.prev_sample
-            x0 = getattr(out, "pred_original_sample", None)
-            x0 = x_next if x0 is None else x0
+            x_next, estimate = out.prev_sample, getattr(out, "pred_original_sample", None)
+            x0 = x_next if estimate is None else estimate
         self._index = k + 1
         x_next = control.arrived(k, len(self._grid), x_next.to(sample.dtype), x0)
         return _StepOutput(x_next, x0) if return_dict else (x_next, x0)
@@ -160,7 +172,11 @@ class SteeringMixin:
         x0, eps = to_clean(_PREDICTIONS[config.prediction_type], sample.to(work), output, at)
         if getattr(config, "clip_sample", False):
             x0 = x0.clamp(-config.clip_sample_range, config.clip_sample_range)
-        z = control.noise(k, sample, generator) if bool((noise_std(at, to, control.eta or 0.0) > 0).any()) else torch.zeros_like(x0)
+        z = (
+            control.noise(k, sample, generator)
+            if bool((noise_std(at, to, control.eta or 0.0) > 0).any())
+            else torch.zeros_like(x0)
+        )
         return x0, transition(x0, eps, at, to, control.eta or 0.0, z.to(x0))
 
     def _locate(self, timestep: Any) -> int:
@@ -191,10 +207,10 @@ class _StepOutput(dict[str, Tensor]):
 
 
 @functools.cache
-def steered_class(cls: type) -> type:
+def steered_class(cls: Any) -> Any:
     """The steered subclass of a scheduler class."""
 
-    @functools.wraps(cls.set_timesteps)  # type: ignore[attr-defined]
+    @functools.wraps(cls.set_timesteps)
     def set_timesteps(self: SteeringMixin, *args: Any, **kwargs: Any) -> None:
         """Pipelines look for `sigmas` and `timesteps` in this signature, so it is the parent's."""
         SteeringMixin.set_timesteps(self, *args, **kwargs)
@@ -227,7 +243,7 @@ def install(scheduler: Any, control: Control) -> Any:
             new.__dict__[name] = list(value)
     if "init_noise_sigma" in new.__dict__:
         new.__dict__["_init_noise_sigma"] = new.__dict__.pop("init_noise_sigma")
-    new.__class__ = steered_class(cls)
+    new.__class__ = steered_class(cls)  # type: ignore[arg-type]  # classes are hashable
     new._control = control
     return new
 
@@ -235,7 +251,9 @@ def install(scheduler: Any, control: Control) -> Any:
 def _refuse(scheduler: Any) -> None:
     name, config = type(scheduler).__name__, scheduler.config
     if name in _NO_TRANSITION:
-        raise UnsupportedError(f"{name} has no one-step transition between its levels; use DDIMScheduler or EulerDiscreteScheduler")
+        raise UnsupportedError(
+            f"{name} has no one-step transition between its levels; use DDIMScheduler or EulerDiscreteScheduler"
+        )
     if getattr(config, "thresholding", False):
         raise UnsupportedError(f"{name} has thresholding=True, which the transition does not follow; set it to False")
     if getattr(config, "prediction_type", "epsilon") not in _PREDICTIONS:

@@ -79,9 +79,7 @@ class Scorer:
 class Selection:
     """Runs a sampler over the events of one run."""
 
-    def __init__(
-        self, sampler: Sampler, problem: Problem, scorer: Scorer, watch: Callable[[Info], None] | None = None
-    ) -> None:
+    def __init__(self, sampler: Sampler, problem: Problem, scorer: Scorer, watch: Callable[[Info], None] | None = None) -> None:
         self.sampler, self.problem, self.scorer, self.watch = sampler, problem, scorer, watch
         self.events = sampler.schedule(problem.steps)
         self.state: Any = sampler.init(problem)
@@ -133,7 +131,9 @@ def _score(reward: Reward, samples: Tensor, prompts: Sequence[str], ctx: Context
         where = f"for the prompt {culprit!r} after step {ctx.done} of {ctx.steps}"
         raise RewardError(f"the reward {reward.name} raised {type(error).__name__} {where}: {error}") from error
     if scores.shape != (len(samples),):
-        raise RewardError(f"the reward {reward.name} returned shape {tuple(scores.shape)} for {len(samples)} samples; wanted ({len(samples)},)")
+        raise RewardError(
+            f"the reward {reward.name} returned shape {tuple(scores.shape)}; wanted ({len(samples)},), one a sample"
+        )
     if bool((scores == float("inf")).any()):
         worst = prompts[int((scores == float("inf")).nonzero()[0])]
         raise RewardError(f"the reward {reward.name} is +inf for the prompt {worst!r} after step {ctx.done} of {ctx.steps}")

@@ -26,9 +26,9 @@ class Arrival(NamedTuple):
 class Session(ABC):
     """Conditions (prompts and call arguments) over a backend.
 
-    Rows are numbered prompt-major: row = p * K + k. Each is keyed by its prompt's id and its slot k, so its noise does not depend
-    on the other rows. Rows run in blocks of at most `chunk`, a segment each; with `deterministic` every block has exactly
-    `chunk` rows (8 unless said), the last one padded, so that a row's bits do not depend on how many others there are.
+    Rows are numbered prompt-major: row = p * K + k. Each is keyed by its prompt's id and its slot k, so its noise does not
+    depend on the other rows. Rows run in blocks of at most `chunk`, a segment each; with `deterministic` every block has
+    exactly `chunk` rows (8 unless said), the last one padded, so that a row's bits do not depend on how many others there are.
 
     Attributes:
         steps: T. levels: T + 1 of them, from noise to clean. shape: of one row.
@@ -108,9 +108,6 @@ class Session(ABC):
                 self.ledger.padding += padding
             arrivals.append(Arrival(arrival.x[:real], arrival.x0[:real]))
         return Arrival(torch.cat([a.x for a in arrivals]), torch.cat([a.x0 for a in arrivals]))
-
-    def close(self) -> None:
-        """Give back what the session holds."""
 
     @abstractmethod
     def _segment(self, x: Tensor, start: int, stop: int, rows: Sequence[int]) -> Arrival:

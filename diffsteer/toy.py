@@ -3,7 +3,8 @@
 >>> from diffsteer.toy import GaussianMixture
 >>> from diffsteer import SteeredPipeline
 >>> from diffsteer.samplers import FeynmanKac
->>> steered = SteeredPipeline(GaussianMixture([0.0], [1.0]).model("vp"), FeynmanKac(4, scale=1.0, target_ess=None), lambda x, _: x[:, 0])
+>>> model = GaussianMixture([0.0], [1.0]).model("vp")
+>>> steered = SteeredPipeline(model, FeynmanKac(4, scale=1.0, target_ess=None), lambda x, prompts: x[:, 0])
 >>> steered(["any"] * 3, num_inference_steps=10, seed=0).samples.shape
 torch.Size([3, 4, 1])
 """

@@ -85,8 +85,12 @@ class Sampler(Protocol):
     exact: ClassVar[bool]
     needs_grad: ClassVar[bool]
     source: ClassVar[str]
-    particles: int
-    eta: float
+
+    @property
+    def particles(self) -> int: ...
+
+    @property
+    def eta(self) -> float: ...
 
     def schedule(self, steps: int) -> tuple[int, ...]: ...
 

@@ -46,7 +46,7 @@ class ClipScore(Reward):
     resize: str = "squash"
     device: str = "cpu"
 
-    name: ClassVar[str] = "clip_score"
+    name: ClassVar[str] = "clip"
     range: ClassVar[tuple[float, float]] = (-100.0, 100.0)
     differentiable: ClassVar[bool] = True
     needs_prompt: ClassVar[bool] = True

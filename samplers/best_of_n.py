@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from diffsteer.particles import per_row
+from diffsteer.particles import PER_ROW
 from diffsteer.types import DiffsteerError, Info, Problem, Step
 
 
@@ -17,7 +17,7 @@ from diffsteer.types import DiffsteerError, Info, Problem, Step
 class State:
     """log_weights (P, K) stay uniform and log_z (P,) zero: every chain is a fair draw from the model."""
 
-    log_weights: Tensor = per_row()
+    log_weights: Tensor = field(metadata=PER_ROW)
     log_z: Tensor
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from diffsteer.events import check_events, event_steps
-from diffsteer.particles import effective_sample_size, largest_exponent, normalize, per_row, reindex
+from diffsteer.particles import PER_ROW, effective_sample_size, largest_exponent, normalize, reindex
 from diffsteer.resampling import SCHEMES
 from diffsteer.rng import generator
 from diffsteer.types import DiffsteerError, Info, Problem, Step
@@ -37,9 +37,9 @@ class State:
     """log_weights, statistic and log_potential (so far accumulated log G) are (P, K); log_z and exponent (P,)."""
 
     problem: Problem
-    log_weights: Tensor = per_row()
-    statistic: Tensor = per_row()
-    log_potential: Tensor = per_row()
+    log_weights: Tensor = field(metadata=PER_ROW)
+    statistic: Tensor = field(metadata=PER_ROW)
+    log_potential: Tensor = field(metadata=PER_ROW)
     log_z: Tensor
     exponent: Tensor
 
@@ -59,7 +59,7 @@ class FeynmanKac:
         particles: K, a prompt.
         potential: difference | max (the paper's choice for images) | sum | immediate.
         scale: lambda, on the scale of the reward; with `target_ess` the most that lambda may become.
-        target_ess: tempering. lambda grows as far as the ESS stays at `target_ess` K. Only for `difference`; None for a fixed lambda.
+        target_ess: tempering. lambda grows as far as the ESS stays at `target_ess` K; for `difference` only. None: fixed.
         resampling: systematic | ssp | stratified | residual | killing | multinomial.
         trigger: "ess" resamples groups whose ESS is below `threshold` K, "always" at every event.
         threshold: above `target_ess`, since tempering stops at that.
@@ -86,13 +86,13 @@ class FeynmanKac:
     source: ClassVar[str] = "Singhal et al., 2025, arXiv 2501.06848"
 
     def __post_init__(self) -> None:
-        for field, value, valid in (
+        for what, value, valid in (
             ("potential", self.potential, POTENTIALS),
             ("resampling", self.resampling, SCHEMES),
             ("trigger", self.trigger, ("ess", "always")),
         ):
             if value not in valid:
-                raise DiffsteerError(f"fk: {field}={value!r} is unknown; valid: {', '.join(valid)}")
+                raise DiffsteerError(f"fk: {what}={value!r} is unknown; valid: {', '.join(valid)}")
         if self.particles < 1:
             raise DiffsteerError(f"fk: particles={self.particles}; at least 1 is needed")
         if not 0 < self.eta <= 1:
@@ -107,7 +107,9 @@ class FeynmanKac:
             if not 0 < self.target_ess < 1:
                 raise DiffsteerError(f"fk: target_ess={self.target_ess:g} is a share of the particles, in (0, 1)")
             if self.trigger == "ess" and self.threshold <= self.target_ess:
-                raise DiffsteerError(f"fk: threshold={self.threshold:g} must exceed target_ess={self.target_ess:g}, or nothing is resampled")
+                raise DiffsteerError(
+                    f"fk: threshold={self.threshold:g} must exceed target_ess={self.target_ess:g}, or nothing is resampled"
+                )
         check_events(self.events, "fk")
 
     def schedule(self, steps: int) -> tuple[int, ...]:

@@ -2,8 +2,8 @@
 
     python scripts/bench_overhead.py
 
-Prints the share of a steered run's time outside the denoiser (from its ledger) and the ratio to the plain pipeline with the same scheduler
-and batch, medians of nine interleaved pairs.
+Prints the share of a steered run's time outside the denoiser (from its ledger) and the ratio to the plain
+pipeline with the same scheduler and batch, medians of nine interleaved pairs.
 """
 
 from __future__ import annotations

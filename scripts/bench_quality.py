@@ -1,8 +1,8 @@
 """Does steering draw what was asked? Plain, best of N and Feynman-Kac on held-out cases of the shapes world, equal budgets.
 
-    python scripts/bench_quality.py run --work DIR [--shard 0/2] [--methods fk8,bon8]   sample and judge; goes on where it stopped
+    python scripts/bench_quality.py run --work DIR [--shard 0/2] [--methods fk8,bon8]   sample and judge; resumes
     python scripts/bench_quality.py table --work DIR                                   the tables, with intervals
-    python scripts/bench_quality.py tune --work DIR                                    guidance scale and steps, on development captions
+    python scripts/bench_quality.py tune --work DIR                                    guidance and steps, on development cases
 
 The reward that steers is the miniature CLIP; the judge is the checker, which no reward has seen. A case is a caption and a
 seed, and all methods start from the same keyed noises: the draws of best of 4 (and the plain sample) are the first of the draws
@@ -31,11 +31,13 @@ Case = dict[str, Any]
 
 
 def held_out(count: int, stream: int = 7, tasks: tuple[str, ...] = TASKS) -> list[Case]:
-    """Captions by their task; `stream` keeps development (6), held-out (7) and empty-caption (8) cases apart, and training (1)."""
+    """Captions by task; `stream` keeps training (1), development (6), held-out (7) and empty-caption (8) cases apart."""
     cases = []
     for i in range(count * len(tasks)):
         task = tasks[i % len(tasks)]
-        cases.append({"id": f"{stream}-{i}", "task": task, "caption": caption(sample_scene(task, np.random.default_rng((stream, i))))})
+        cases.append(
+            {"id": f"{stream}-{i}", "task": task, "caption": caption(sample_scene(task, np.random.default_rng((stream, i))))}
+        )
     return cases
 
 
@@ -83,7 +85,9 @@ def run(work: Path, methods: list[str], shard: tuple[int, int], count: int, empt
             texts = [c["caption"] for c in cases]
             options: dict[str, Any] = {"guidance_scale": 1.0} if blank else {}
             steered = SteeredPipeline(pipe, METHODS[method](), reward, output="all", chunk=48)
-            out = steered([""] * len(texts) if blank else texts, seed=0, ids=[c["id"] for c in cases], reward_prompts=texts, **options)
+            out = steered(
+                [""] * len(texts) if blank else texts, seed=0, ids=[c["id"] for c in cases], reward_prompts=texts, **options
+            )
             for i, case in enumerate(cases):
                 samples = out.samples[i].float()
                 other = second.score(samples, [case["caption"]] * len(samples), EMBEDDED).tolist() if second else None
@@ -131,7 +135,9 @@ def interval(values: np.ndarray, clusters: list[str], draws: int = 4000) -> tupl
 
 def columns(records: dict[str, dict[str, Case]], prefix: str = "") -> dict[str, dict[str, float]]:
     """Accuracy by case of every method in the table, derived ones (plain, best of 4, other choices) included."""
-    found = {m.removeprefix(prefix): r for m, r in records.items() if m.startswith(prefix) and m.startswith("empty_") == bool(prefix)}
+    found = {
+        m.removeprefix(prefix): r for m, r in records.items() if m.startswith(prefix) and m.startswith("empty_") == bool(prefix)
+    }
     table: dict[str, dict[str, float]] = {}
     if "bon8" in found:
         for name, first in (("plain", 1), ("best of 4", 4), ("best of 8", 8)):
@@ -177,15 +183,27 @@ def tables(work: Path) -> None:
     cases = {i: r for by_case in records.values() for i, r in by_case.items()}
     table = columns(records)
     eights = [name for name in table if name.startswith(("FK(8)", "fk8"))]
-    pairs = [("FK(4)", "plain"), ("FK(4)", "best of 4"), ("best of 4", "plain"), *[(n, "best of 8") for n in eights], ("fk4_once", "best of 4")]
+    pairs = [
+        ("FK(4)", "plain"),
+        ("FK(4)", "best of 4"),
+        ("best of 4", "plain"),
+        *[(n, "best of 8") for n in eights],
+        ("fk4_once", "best of 4"),
+    ]
     show(table, cases, pairs)
     print("Empty caption, the reward alone asks for a single object:\n")
     show(columns(records, "empty_"), cases, [("FK(8)", "best of 8"), ("FK(4)", "best of 4")])
-    print("| method | reward of the chosen | surviving first particles | evaluations | decodes | reward calls |\n|---|---|---|---|---|---|")
+    print(
+        "| method | best reward | surviving first particles | evaluations | decodes | reward calls |\n|---|---|---|---|---|---|"
+    )
     for method, by_case in records.items():
         values = list(by_case.values())
         best, roots = np.mean([max(r["rewards"]) for r in values]), np.mean([r["roots"] for r in values])
-        print(f"| {method} | {best:.2f} | {roots:.2f} | " + " | ".join(str(values[0][k]) for k in ("evaluations", "decodes", "reward_calls")) + " |")
+        print(
+            f"| {method} | {best:.2f} | {roots:.2f} | "
+            + " | ".join(str(values[0][k]) for k in ("evaluations", "decodes", "reward_calls"))
+            + " |"
+        )
 
 
 def tune(work: Path, count: int = 40) -> None:

@@ -34,7 +34,7 @@ from diffsteer.shapes.scene import Scene, caption, describes, render, sample_sce
 from diffsteer.shapes.tokenizer import CONTEXT, make_tokenizer
 
 SCENES, ENCODED = 80_000, 48_000  # the autoencoder sees all, the painter the first of them
-VAE_STEPS, SHARP_STEPS, DECODER_STEPS, UNET_STEPS, CLIP_STEPS = 3_000, 4_500, 3_000, 8_000, 5_000
+VAE_STEPS, SHARP_STEPS, DECODER_STEPS, UNET_STEPS, CLIP_STEPS = 3_000, 4_500, 3_000, 7_000, 5_000
 
 
 # ---------------------------------------------------------------------------------------------------- the networks
@@ -175,8 +175,15 @@ def train(
             print(f"{name} {step + 1}/{steps} loss {np.mean(recent):.4f} {time.time() - clock:.0f} s", flush=True)
         if time.time() - saved_at > 120 or step + 1 == steps:
             saved_at = time.time()
-            state = {"model": model.state_dict(), "average": average.state_dict(), "step": step + 1, "seconds": time.time() - clock}
-            torch.save(state | {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, path.with_suffix(".new"))
+            state = {
+                "model": model.state_dict(),
+                "average": average.state_dict(),
+                "step": step + 1,
+                "seconds": time.time() - clock,
+            }
+            torch.save(
+                state | {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, path.with_suffix(".new")
+            )
             path.with_suffix(".new").replace(path)
     return average.eval()
 
@@ -293,7 +300,7 @@ SCHEDULE = {
 
 
 def degrade(x: Tensor, rng: np.random.Generator) -> Tensor:
-    """Half of the images blurred, faded and noised, as the estimates halfway through a sampling are. (N, 3, 64, 64) in [0, 1]."""
+    """Half of the images blurred, faded and noised, as halfway through a sampling. (N, 3, 64, 64) in [0, 1]."""
     out = []
     for image in x:
         if rng.random() < 0.4:
@@ -309,7 +316,7 @@ def degrade(x: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def clip_batch(step: int, pairs: int) -> tuple[list[Scene], list[str], np.random.Generator]:
-    """`pairs` scenes and for each a twin that differs in one attribute, then the captions and as many hard negatives, three a scene."""
+    """`pairs` scenes and for each a twin that differs in one attribute; their captions, then three hard negatives a scene."""
     rng = np.random.default_rng((3, step))
     scenes = []
     for i in range(pairs):
@@ -378,7 +385,10 @@ def stage_export(work: Path, out: Path = WEIGHTS) -> None:
     print(sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6, "MB")
 
 
-STAGES = {f.__name__.removeprefix("stage_"): f for f in (stage_data, stage_vae, stage_latents, stage_decoder, stage_unet, stage_clip, stage_export)}
+STAGES = {
+    f.__name__.removeprefix("stage_"): f
+    for f in (stage_data, stage_vae, stage_latents, stage_decoder, stage_unet, stage_clip, stage_export)
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -6,6 +6,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def build_toy_pipeline():  # type: ignore[no-untyped-def]
+def build_toy_pipeline() -> Any:
     """A StableDiffusionPipeline of about 100 k parameters with the tokenizer of the shapes world."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -55,7 +57,9 @@ def build_toy_pipeline():  # type: ignore[no-untyped-def]
         num_attention_heads=2,
         max_position_embeddings=16,
     )
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
     pipe = StableDiffusionPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(config),
@@ -73,6 +77,6 @@ def build_toy_pipeline():  # type: ignore[no-untyped-def]
 
 
 @pytest.fixture(scope="session")
-def toy_pipeline():  # type: ignore[no-untyped-def]
+def toy_pipeline() -> Any:
     """Shared, so a test that changes it works on a copy."""
     return build_toy_pipeline()

@@ -118,7 +118,7 @@ def render(scene: Scene) -> Image.Image:
 
 
 def holds(relation: str, first: tuple[float, float], second: tuple[float, float], slack: float = 1.0) -> bool:
-    """Is `first` (x, y) left of | right of | above | below `second`? The other axis may differ by at most `slack` times as much."""
+    """Is `first` (x, y) left of | right of | above | below `second`? The other axis may differ `slack` times as much."""
     dx, dy = second[0] - first[0], second[1] - first[1]
     along, across = {"left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)}[relation]
     return along > 0 and abs(across) <= slack * along
@@ -207,9 +207,7 @@ def describes(statement: Statement, scene: Scene) -> bool:
     """Is the statement true of the scene, objects that it does not name counting against it?"""
 
     def fits(group: Group, thing: Thing) -> bool:
-        return (
-            group.shape == thing.shape and group.color in (None, thing.color) and group.size in (None, thing.size)
-        )
+        return group.shape == thing.shape and group.color in (None, thing.color) and group.size in (None, thing.size)
 
     if statement.background not in (None, scene.background) or sum(g.count for g in statement.groups) != len(scene.things):
         return False

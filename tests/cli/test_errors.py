@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from diffsteer.rewards import Compressibility
+from diffsteer.types import DiffsteerError
 
 WRONG = {
     "a wrong type": (["num_inference_steps=abc"], ["num_inference_steps", "abc", "Integer"]),
@@ -102,3 +103,17 @@ def test_wrong_commands(argv: list[str], command: Any) -> None:
     assert "generate" in result.out if not argv else "valid: " in result.err and result.err.count("\n") == 1
     if argv and argv != ["list"]:
         assert "did you mean" in result.err
+
+
+def test_a_prompt_that_cannot_be_scored_is_refused_before_any_is_done(
+    generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare(self: Any, prompts: Any, ctx: Any) -> None:
+        if "a dog" in prompts:
+            raise DiffsteerError("'a dog' cannot be scored")
+
+    monkeypatch.setattr(Compressibility, "prepare", prepare)
+    (tmp_path / "p.txt").write_text("a star\na dog\n")
+    result = generate("prompts=p.txt", "out=o")
+    assert (result.code, result.err) == (2, "diffsteer: 'a dog' cannot be scored\n")
+    assert not (tmp_path / "o/images").exists()

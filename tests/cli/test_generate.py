@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -45,7 +46,8 @@ def test_one_prompt_equals_the_python_face(generate: Any, manifest: Any, toy_fol
     assert entry["ledger"] == {"evaluations": 16, "decodes": 8, "reward_calls": 8}
     assert len(entry["settings"]) == 64
     assert out.images is not None and pixels(tmp_path / "o/images/000.png") == out.images[0].tobytes()
-    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == [".hydra", "grid.png", "images", "manifest.jsonl", "timings.jsonl"]
+    made = [".hydra", "grid.png", "images", "manifest.jsonl", "timings.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == made
     assert '"seconds"' in (tmp_path / "o/timings.jsonl").read_text()
     assert OmegaConf.load(tmp_path / "o/.hydra/config.yaml").prompt == PROMPT
     assert sorted(p.name for p in (tmp_path / "o/.hydra").iterdir()) == ["config.yaml", "hydra.yaml", "overrides.yaml"]
@@ -170,3 +172,21 @@ def test_a_real_process(toy_folder: Path, tmp_path: Path) -> None:
 def test_the_version_does_not_import_torch(tmp_path: Path) -> None:
     code = "import sys, diffsteer.cli as c; c.main(['--version']); c.main(['--help']); print('torch' in sys.modules)"
     assert python(tmp_path, "-c", code).stdout.endswith("False\n")
+
+
+def test_a_plug_in_is_an_option_like_any_other(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(eq=False)
+    class Brightness(Compressibility):
+        weight: float = 2.0
+        name: ClassVar[str] = "brightness"
+
+    class Point:
+        name, value = "brightness", "elsewhere:Brightness"
+        load = staticmethod(lambda: Brightness)
+
+    monkeypatch.setattr("diffsteer.registry.entry_points", lambda group: [Point()] if group == "diffsteer.rewards" else [])
+    config = OmegaConf.create(command("generate", "reward=brightness", "reward.weight=3", "--cfg", "job").out)
+    built = build("reward", config.reward)
+    assert type(built) is Brightness and built.weight == 3.0
+    assert command("generate", "reward=brightness", "reward.weight=much").code == 2
+    assert "brightness" in command("list", "rewards").out

@@ -18,9 +18,9 @@ from diffsteer.batch import Folder, as_items
 from diffsteer.config import for_hydra, register_schemas
 
 EXAMPLES = [
-    "", " ", "  two  blanks ", "${oc.env:HOME}", "\\${x}", "\\\\${x}", "${", "$", "}", "a,b", "a, b", "x=(1)", "f(x)", "[a]", "{a: b}",
-    "'", '"', "it's", "\\", "\\\\", "\\'", "a\\", "'a'", '"a"', "null", "true", "3", "~", "???", "a:b", "#", "%", "*", "é", "日本",
-    "\u2028", "🔴", "\t", "choice(a,b)", "range(1,5)", "+a", "--help", "prompt=a", "???x", "${a}'${b}\\",
+    "", " ", "  two  blanks ", "${oc.env:HOME}", "\\${x}", "\\\\${x}", "${", "$", "}", "${a}'${b}\\", "a,b", "a, b", "x=(1)",
+    "f(x)", "[a]", "{a: b}", "'", '"', "it's", "\\", "\\\\", "\\'", "a\\", "'a'", '"a"', "null", "true", "3", "~", "???",
+    "???x", "a:b", "#", "%", "*", "é", "日本", "\u2028", "🔴", "\t", "choice(a,b)", "range(1,5)", "+a", "--help", "prompt=a",
 ]  # fmt: skip
 # The pieces that mean something to Hydra or OmegaConf, so that they meet often.
 HARD = st.lists(st.sampled_from(["${", "}", "\\", "'", '"', ",", "=", "(", ")", "$", "{", "a", " ", "é"])).map("".join)

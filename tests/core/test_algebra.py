@@ -78,7 +78,8 @@ def test_density_is_the_normal_density(path: str, pair: tuple[float, float], eta
     x0, eps, z = torch.randn(3, 4, 6, dtype=torch.float64).unbind(0)
     x = transition(x0, eps, at, to, eta, z)
     normal = torch.distributions.Normal(transition_mean(x0, eps, at, to, eta), noise_std(at, to, eta))
-    torch.testing.assert_close(log_density(x, x0, eps, at, to, eta), normal.log_prob(x).sum(1), rtol=1e-8, atol=1e-6)
+    expected = normal.log_prob(x).sum(1)  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(log_density(x, x0, eps, at, to, eta), expected, rtol=1e-8, atol=1e-6)
 
 
 def test_density_of_a_deterministic_step_is_refused() -> None:
@@ -93,7 +94,9 @@ def test_levels_may_differ_by_row() -> None:
     x0, eps, z = torch.randn(3, 2, 3, 4).unbind(0)
     both = transition(x0, eps, at, to, 1.0, z)
     for i in range(2):
-        one = transition(x0[i : i + 1], eps[i : i + 1], Level(at.alpha[i], at.sigma[i]), Level(to.alpha[i], to.sigma[i]), 1.0, z[i : i + 1])
+        one = transition(
+            x0[i : i + 1], eps[i : i + 1], Level(at.alpha[i], at.sigma[i]), Level(to.alpha[i], to.sigma[i]), 1.0, z[i : i + 1]
+        )
         torch.testing.assert_close(both[i : i + 1], one)
 
 

@@ -94,7 +94,9 @@ def test_eta_zero_is_the_users_own_solver(toy_pipeline: Any, name: str) -> None:
     out = SteeredPipeline(pipe, BestOfN(1, eta=0.0), brightness)(PROMPTS, num_inference_steps=STEPS, seed=0, latents=start)
     if name in ("DDPMScheduler", "EulerAncestralDiscreteScheduler", "SASolverScheduler", "LCMScheduler", "TCDScheduler"):
         assert out.latents.isfinite().all()  # stochastic: its noise comes from keyed generators, not from the test's
-        again = SteeredPipeline(pipe, BestOfN(1, eta=0.0), brightness)(PROMPTS, num_inference_steps=STEPS, seed=0, latents=start)
+        again = SteeredPipeline(pipe, BestOfN(1, eta=0.0), brightness)(
+            PROMPTS, num_inference_steps=STEPS, seed=0, latents=start
+        )
         assert torch.equal(out.latents, again.latents)
     else:
         assert torch.equal(out.latents[:, 0], plain(pipe, latents=start))
@@ -117,6 +119,7 @@ def test_own_transition_at_eta_one_is_ddims(toy_pipeline: Any) -> None:
     scheduler = diffusers.DDIMScheduler.from_config(toy_pipeline.scheduler.config)
     scheduler.set_timesteps(STEPS)
     t = scheduler.timesteps[2]
+    assert session.negatives is not None
     words = torch.cat([session.negatives, session.embeds])
     u, c = toy_pipeline.unet(torch.cat([x, x]), t, encoder_hidden_states=words).sample.chunk(2)
     noise = session.step_noise([0, 1], 2)
@@ -146,7 +149,12 @@ def test_prediction_types_and_clipping(toy_pipeline: Any) -> None:
 
 
 def test_the_users_pipeline_is_untouched(toy_pipeline: Any, tmp_path: Any) -> None:
-    before = (toy_pipeline.scheduler, dict(vars(toy_pipeline.scheduler)), dict(toy_pipeline.config), len(toy_pipeline.unet._forward_hooks))
+    before = (
+        toy_pipeline.scheduler,
+        dict(vars(toy_pipeline.scheduler)),
+        dict(toy_pipeline.config),
+        len(toy_pipeline.unet._forward_hooks),
+    )
     SteeredPipeline(toy_pipeline, FeynmanKac(2), brightness)(PROMPTS, num_inference_steps=STEPS, seed=0)
     assert toy_pipeline.scheduler is before[0] and dict(toy_pipeline.config) == before[2]
     assert set(vars(toy_pipeline.scheduler)) == set(before[1]) and len(toy_pipeline.unet._forward_hooks) == before[3]
@@ -154,7 +162,10 @@ def test_the_users_pipeline_is_untouched(toy_pipeline: Any, tmp_path: Any) -> No
 
 
 def test_blocks_of_rows_agree(toy_pipeline: Any) -> None:
-    out = {c: SteeredPipeline(toy_pipeline, FeynmanKac(4), brightness, chunk=c)(PROMPTS, num_inference_steps=12, seed=4) for c in (None, 3, 1)}
+    out = {
+        c: SteeredPipeline(toy_pipeline, FeynmanKac(4), brightness, chunk=c)(PROMPTS, num_inference_steps=12, seed=4)
+        for c in (None, 3, 1)
+    }
     for c in (3, 1):
         same = [torch.equal(a, b) for a, b in zip(out[None].trace.ancestors, out[c].trace.ancestors, strict=True)]
         assert all(same), "no near-tie in this run"
@@ -238,7 +249,7 @@ def test_negative_prompts_and_guidance_reach_the_pipeline(toy_pipeline: Any) -> 
     start = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     pipe = SteeredPipeline(toy_pipeline, BestOfN(1, eta=0.0), brightness)
     for negative in ("a cross", ["a cross", "three rings"]):
-        call = {"guidance_scale": 3.0, "latents": start}
+        call: dict[str, Any] = {"guidance_scale": 3.0, "latents": start}
         out = pipe(PROMPTS, num_inference_steps=STEPS, seed=0, negative_prompt=negative, **call)
         negatives = [negative] * 2 if isinstance(negative, str) else negative
         torch.testing.assert_close(out.latents[:, 0], plain(toy_pipeline, negative_prompt=negatives, **call))
@@ -316,8 +327,15 @@ def test_latents_can_be_scored_without_a_decoder(toy_pipeline: Any) -> None:
         shapes.append(tuple(x.shape))
         return x.mean((1, 2, 3))
 
-    out = SteeredPipeline(toy_pipeline, FeynmanKac(2, events=[0.5]), reward, decoder="none")(PROMPTS, num_inference_steps=STEPS, seed=0)
-    assert set(shapes) == {(4, 4, 8, 8)} and out.ledger.decodes == 0 and out.images is None and torch.equal(out.samples, out.latents)
+    out = SteeredPipeline(toy_pipeline, FeynmanKac(2, events=[0.5]), reward, decoder="none")(
+        PROMPTS, num_inference_steps=STEPS, seed=0
+    )
+    assert (
+        set(shapes) == {(4, 4, 8, 8)}
+        and out.ledger.decodes == 0
+        and out.images is None
+        and torch.equal(out.samples, out.latents)
+    )
 
 
 def test_selection_inside_step_and_between_segments_are_the_same(toy_pipeline: Any) -> None:

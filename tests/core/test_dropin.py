@@ -51,7 +51,9 @@ def test_it_is_a_scheduler_of_the_users_class(toy_pipeline: Any) -> None:
 
 def test_all_rows_return_with_the_chosen_first(toy_pipeline: Any) -> None:
     pipe = put(toy_pipeline, FeynmanKac(4))
-    images = pipe(PROMPTS, num_images_per_prompt=4, num_inference_steps=10, output_type="pt", generator=torch.Generator().manual_seed(0)).images
+    images = pipe(
+        PROMPTS, num_images_per_prompt=4, num_inference_steps=10, output_type="pt", generator=torch.Generator().manual_seed(0)
+    ).images
     steering = pipe.scheduler.steering
     rewards = brightness(images, PROMPTS).view(2, 4).double()
     torch.testing.assert_close(rewards, steering.rewards, rtol=1e-4, atol=1e-3)
@@ -82,7 +84,9 @@ def test_the_pipelines_eta_is_not_used_and_generator_is_the_key(toy_pipeline: An
     torch.manual_seed(3)
     a = pipe(PROMPTS, num_images_per_prompt=4, num_inference_steps=10, output_type="latent", latents=start).images
     torch.manual_seed(3)
-    assert torch.equal(a, pipe(PROMPTS, num_images_per_prompt=4, num_inference_steps=10, output_type="latent", latents=start).images)
+    assert torch.equal(
+        a, pipe(PROMPTS, num_images_per_prompt=4, num_inference_steps=10, output_type="latent", latents=start).images
+    )
 
 
 def test_none_passes_everything_through(toy_pipeline: Any) -> None:
@@ -100,7 +104,14 @@ def test_ids_key_the_noise(toy_pipeline: Any) -> None:
     start = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(9))
     swapped = put(toy_pipeline, FeynmanKac(4), prompts=PROMPTS[::-1], ids=[1, 0])
     generator = torch.Generator().manual_seed(0)
-    moved = swapped(PROMPTS[::-1], num_images_per_prompt=4, num_inference_steps=10, output_type="latent", generator=generator, latents=start.roll(4, 0)).images
+    moved = swapped(
+        PROMPTS[::-1],
+        num_images_per_prompt=4,
+        num_inference_steps=10,
+        output_type="latent",
+        generator=generator,
+        latents=start.roll(4, 0),
+    ).images
     torch.testing.assert_close(moved.roll(4, 0), call(put(toy_pipeline, FeynmanKac(4)), latents=start), rtol=1e-4, atol=1e-4)
 
 
@@ -154,7 +165,11 @@ def test_output_objects_and_tuples(toy_pipeline: Any) -> None:
     out = new.step(x, new.timesteps[0], x, generator=torch.Generator().manual_seed(0))
     new.set_timesteps(5)
     pair = new.step(x, new.timesteps[0], x, return_dict=False, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(out.prev_sample, pair[0]) and torch.equal(out[1], pair[1]) and torch.equal(out["pred_original_sample"], pair[1])
+    assert (
+        torch.equal(out.prev_sample, pair[0])
+        and torch.equal(out[1], pair[1])
+        and torch.equal(out["pred_original_sample"], pair[1])
+    )
     half = x.half()
     new.set_timesteps(5)
     assert new.step(half, new.timesteps[0], half, return_dict=False)[0].dtype == torch.float16

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffsteer import rng
-from diffsteer.particles import effective_sample_size, largest_exponent, normalize, per_row, reindex
+from diffsteer.particles import PER_ROW, effective_sample_size, largest_exponent, normalize, reindex
 from diffsteer.resampling import SCHEMES
 
 WEIGHTS = [
@@ -52,7 +53,7 @@ def test_offspring_are_floor_or_ceil(name: str, values: list[float], seed: int) 
 @settings(max_examples=40, deadline=None)
 def test_ancestors_are_valid_and_survivors_stay(name: str, logs: list[float], seed: int) -> None:
     ancestors = SCHEMES[name](torch.tensor(logs), torch.Generator().manual_seed(seed))
-    assert len(ancestors) == len(logs) and 0 <= int(ancestors.min()) and int(ancestors.max()) < len(logs)
+    assert len(ancestors) == len(logs) and int(ancestors.min()) >= 0 and int(ancestors.max()) < len(logs)
     for parent in set(ancestors.tolist()):
         assert int(ancestors[parent]) == parent
 
@@ -107,16 +108,18 @@ def test_constant_rewards_leave_the_exponent() -> None:
 @dataclass(frozen=True)
 class Some:
     name: str
-    x: Tensor = per_row()
-    y: Tensor = per_row()
+    x: Tensor = field(metadata=PER_ROW)
+    y: Tensor = field(metadata=PER_ROW)
 
 
 def test_reindex_follows_everything_registered_and_nothing_else() -> None:
     ancestors = torch.tensor([[2, 1, 2], [0, 0, 1]])
     x = torch.arange(6).view(2, 3)
     moved = reindex(Some("s", x, x[..., None].float()), ancestors)
-    assert moved.name == "s" and moved.x.tolist() == [[2, 1, 2], [3, 3, 4]] and moved.y[..., 0].tolist() == [[2, 1, 2], [3, 3, 4]]
-    again = reindex({"a": [x, (x,)]}, ancestors)
+    assert (
+        moved.name == "s" and moved.x.tolist() == [[2, 1, 2], [3, 3, 4]] and moved.y[..., 0].tolist() == [[2, 1, 2], [3, 3, 4]]
+    )
+    again: Any = reindex({"a": [x, (x,)]}, ancestors)
     assert again["a"][1][0].tolist() == moved.x.tolist()
     assert x.tolist() == [[0, 1, 2], [3, 4, 5]], "the argument is not changed"
     with pytest.raises(ValueError, match="shape"):
@@ -127,7 +130,13 @@ def test_reindex_follows_everything_registered_and_nothing_else() -> None:
 
 def test_noise_is_keyed_by_all_of_its_key() -> None:
     base = rng.normal(0, [("a", 0)], 1, "step", (3,))
-    for other in [(1, [("a", 0)], 1, "step"), (0, [("b", 0)], 1, "step"), (0, [("a", 1)], 1, "step"), (0, [("a", 0)], 2, "step"), (0, [("a", 0)], 1, "start")]:
+    for other in [
+        (1, [("a", 0)], 1, "step"),
+        (0, [("b", 0)], 1, "step"),
+        (0, [("a", 1)], 1, "step"),
+        (0, [("a", 0)], 2, "step"),
+        (0, [("a", 0)], 1, "start"),
+    ]:
         assert not torch.equal(rng.normal(*other, (3,)), base)
     assert torch.equal(rng.normal(0, [("b", 3), ("a", 0)], 1, "step", (3,))[1:], base)
     assert not torch.equal(rng.normal(0, [(1, 0)], 1, "step", (3,)), rng.normal(0, [("1", 0)], 1, "step", (3,)))

@@ -18,7 +18,12 @@ ROOT = Path(__file__).resolve().parents[2]
 def tracked(*suffixes: str) -> set[str]:
     """Files of the package in the checkout, by their names in the wheel."""
     found = {}
-    for folder, name in (("diffsteer", "diffsteer"), ("samplers", "diffsteer/samplers"), ("rewards", "diffsteer/rewards"), ("configs", "diffsteer/configs")):
+    for folder, name in (
+        ("diffsteer", "diffsteer"),
+        ("samplers", "diffsteer/samplers"),
+        ("rewards", "diffsteer/rewards"),
+        ("configs", "diffsteer/configs"),
+    ):
         for path in (ROOT / folder).rglob("*"):
             inside = path.relative_to(ROOT / folder)
             linked = folder == "diffsteer" and inside.parts[0] in ("samplers", "rewards", "configs")
@@ -47,8 +52,15 @@ def test_every_file_once(wheel: Path) -> None:
 
 
 def test_sdist_carries_the_tests(wheel: Path) -> None:
-    names = tarfile.open(next(wheel.parent.glob("*.tar.gz"))).getnames()
-    for wanted in ("tests/samplers/cases.py", "tests/conftest.py", "samplers/feynman_kac.py", "configs/sampler/fk.yaml", "docs/architecture.md"):
+    with tarfile.open(next(wheel.parent.glob("*.tar.gz"))) as archive:
+        names = archive.getnames()
+    for wanted in (
+        "tests/samplers/cases.py",
+        "tests/conftest.py",
+        "samplers/feynman_kac.py",
+        "configs/sampler/fk.yaml",
+        "docs/architecture.md",
+    ):
         assert any(n.endswith(wanted) for n in names), wanted
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from diffsteer.samplers import BestOfN, FeynmanKac
+from collections.abc import Callable
+from typing import Any
 
-FIXED = {"scale": 1.0, "target_ess": None}
+from diffsteer.samplers import BestOfN, FeynmanKac
+from diffsteer.types import Sampler
+
+FIXED: dict[str, Any] = {"scale": 1.0, "target_ess": None}
 
 # name -> (a sampler with K particles, does it select on the way?)
-CASES = {
+CASES: dict[str, tuple[Callable[[int], Sampler], bool]] = {
     "fk": (lambda k: FeynmanKac(k), True),
     "fk fixed lambda": (lambda k: FeynmanKac(k, **FIXED), True),
     "best_of_n": (lambda k: BestOfN(k), False),

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from diffsteer import SteeredPipeline
 from diffsteer.callable import CallableSession
+from diffsteer.resampling import SCHEMES
 from diffsteer.run import SteeredOutput
 from diffsteer.samplers import FeynmanKac
 from diffsteer.samplers.feynman_kac import POTENTIALS, State
-from diffsteer.resampling import SCHEMES
 from diffsteer.toy import GaussianMixture, chain_law
 from diffsteer.types import Info, Step
 
@@ -29,7 +29,9 @@ def position(x: Tensor, prompts: object) -> Tensor:
 
 def run(sampler: FeynmanKac, groups: int, mixture: GaussianMixture = ONE, path: str = "vp", seed: int = 0) -> SteeredOutput:
     prediction = {"vp": "eps", "edm": "x0", "flow": "velocity"}[path]
-    return SteeredPipeline(mixture.model(path, prediction), sampler, position)([""] * groups, num_inference_steps=STEPS, seed=seed)
+    return SteeredPipeline(mixture.model(path, prediction), sampler, position)(
+        [""] * groups, num_inference_steps=STEPS, seed=seed
+    )
 
 
 def plain_law(path: str = "vp", eta: float = 1.0) -> tuple[float, float]:
@@ -46,7 +48,7 @@ def ratio(out: SteeredOutput, values: Tensor) -> tuple[float, float]:
 
 
 def deviations(out: SteeredOutput, path: str = "vp", eta: float = 1.0) -> tuple[list[float], list[float]]:
-    """Deviations from the exact tilted law, in standard errors, of the mean, the second moment and E[Z]; and relative errors."""
+    """Deviations from the exact law, in standard errors, of mean, second moment and E[Z]; and their relative errors."""
     mean, variance = plain_law(path, eta)
     tilted, x = mean + SCALE * variance, out.samples[..., 0].double()
     first, first_error = ratio(out, x)
@@ -61,7 +63,9 @@ def fixed(potential: str = "difference", **options: object) -> FeynmanKac:
     return FeynmanKac(4, potential, scale=SCALE, target_ess=None, **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("potential", "resampling"), [("difference", "systematic"), ("max", "ssp"), ("sum", "residual"), ("immediate", "killing")])
+@pytest.mark.parametrize(
+    ("potential", "resampling"), [("difference", "systematic"), ("max", "ssp"), ("sum", "residual"), ("immediate", "killing")]
+)
 def test_tilted_law_short(potential: str, resampling: str) -> None:
     sds, _ = deviations(run(fixed(potential, resampling=resampling), 1500))
     assert max(map(abs, sds)) < 4, sds

@@ -274,7 +274,10 @@ def test_events_by_fractions_counts_and_all() -> None:
 
 
 def test_outputs_are_explicit() -> None:
-    run = {o: SteeredPipeline(MODEL, fixed(), position, output=o)(["a"] * 300, num_inference_steps=6, seed=0) for o in ("best", "draw", "all")}
+    run = {
+        o: SteeredPipeline(MODEL, fixed(), position, output=o)(["a"] * 300, num_inference_steps=6, seed=0)
+        for o in ("best", "draw", "all")
+    }
     best = run["best"]
     assert torch.equal(best.chosen, best.rewards.argmax(1)) and torch.equal(best.chosen, run["all"].chosen)
     drawn = run["draw"].rewards.gather(1, run["draw"].chosen[:, None]).mean()
@@ -310,6 +313,9 @@ def test_the_reward_may_be_asked_something_else() -> None:
         return torch.tensor([float(len(p)) for p in prompts])
 
     pipe = SteeredPipeline(MODEL, FeynmanKac(2), length)
-    assert pipe(["", "abc"], num_inference_steps=4, seed=0, reward_prompts=["four", "fives"]).rewards.tolist() == [[4, 4], [5, 5]]
+    assert pipe(["", "abc"], num_inference_steps=4, seed=0, reward_prompts=["four", "fives"]).rewards.tolist() == [
+        [4, 4],
+        [5, 5],
+    ]
     with pytest.raises(DiffsteerError, match="1 reward_prompts for 2"):
         pipe(["", "abc"], reward_prompts=["x"])
