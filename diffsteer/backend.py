@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
@@ -38,6 +39,21 @@ def check_pipeline(pipe: Any) -> None:
         raise UnsupportedError(f"{type(pipe).__name__} cannot be steered; supported: {', '.join(SUPPORTED)}, and CallableModel")
 
 
+def refuse_by_name(path: str, **options: Any) -> None:
+    """Refuse a saved pipeline by what its index says, before its weights are fetched.
+
+    Raises:
+        UnsupportedError: a pipeline class that no session was tried on.
+    """
+    try:
+        name = DiffusionPipeline.load_config(path, **options).get("_class_name")
+    except (OSError, ValueError):  # an embedded name, or nothing there: loading says so
+        return
+    known = getattr(diffusers, str(name), None)
+    if known is None or not {cls.__name__ for cls in known.__mro__} & set(SUPPORTED):
+        raise UnsupportedError(f"{path} is a {name}, which cannot be steered; supported: {', '.join(SUPPORTED)}")
+
+
 def check_call(pipe: Any, call: dict[str, Any]) -> None:
     """Refuse call arguments that the pipeline does not know, or that the session gives itself.
 
@@ -64,6 +80,12 @@ def quiet() -> None:
         logging.disable_progress_bar()
 
 
+def is_guided(pipe: Any, call: dict[str, Any]) -> bool:
+    """Does a call double its rows for classifier-free guidance?"""
+    default = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
+    return bool(call.get("guidance_scale", default) > 1 and pipe.unet.config.time_cond_proj_dim is None)
+
+
 def vae_decoder(pipe: Any) -> Callable[[Tensor], Tensor]:
     """Latents as `step` sees them, (N, C, h, w), to images (N, 3, H, W) in [0, 1], as the pipeline itself decodes them."""
 
@@ -77,10 +99,14 @@ def vae_decoder(pipe: Any) -> Callable[[Tensor], Tensor]:
     return decode
 
 
-def as_images(samples: Tensor) -> list[Any]:
-    """Samples (N, 3, H, W) in [0, 1] to PIL images, rounded as diffusers rounds."""
+def as_images(pipe: Any, samples: Tensor) -> list[Any]:
+    """Samples (N, 3, H, W) in [0, 1] to PIL images, rounded as diffusers rounds; blacked out where a safety checker says so."""
     from diffusers.image_processor import VaeImageProcessor
 
+    if getattr(pipe, "safety_checker", None) is not None:
+        signed, flags = pipe.run_safety_checker(samples * 2 - 1, samples.device, samples.dtype)
+        black = torch.tensor([bool(f) for f in flags], device=samples.device)[:, None, None, None]
+        samples = torch.where(black, torch.zeros_like(samples), signed / 2 + 0.5)
     array = samples.detach().cpu().permute(0, 2, 3, 1).float().numpy()
     return list(VaeImageProcessor.numpy_to_pil(array))
 
@@ -123,9 +149,9 @@ class DiffusersSession(Session):
         self.shadow.scheduler = install(pipe.scheduler, self._control)
         self.shadow._progress_bar_config = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
         self._denoisers = [m for m in (getattr(pipe, n, None) for n in ("unet", "transformer")) if m is not None]
-        self._watch = Watch(self.ledger)
+        self._watch = Watch(self.ledger, keep=True)
         self._outputs: list[Tensor] = []
-        self.interrupted = False  # by a user's callback
+        self.interrupted = self._stopped = False  # by a user's callback
         self._probe_grid()
         with torch.no_grad():
             self._embed(negative_prompt)
@@ -148,7 +174,7 @@ class DiffusersSession(Session):
         self.shape = (config.in_channels, height // factor if height else tall, width // factor if width else wide)
 
     def _embed(self, negative_prompt: str | Sequence[str] | None) -> None:
-        pipe, guided = self.user, self.guidance_scale > 1 and self.user.unet.config.time_cond_proj_dim is None
+        pipe, guided = self.user, is_guided(self.user, self.call)
         if negative_prompt is None or isinstance(negative_prompt, str):
             negatives: list[Any] = [negative_prompt] * len(self.prompts)
         else:
@@ -166,7 +192,7 @@ class DiffusersSession(Session):
         self.negatives = torch.cat([f[1] for f in found if f[1] is not None]) if guided else None
 
     def guidance(self) -> tuple[Tensor, Tensor]:
-        """The unconditional and the conditional output of the last step, before they were mixed, (N, ...) each."""
+        """The unconditional and the conditional output of the last block's last step, before they were mixed, (N, ...) each."""
         return guidance_parts(self._outputs, self.shadow.scheduler.prediction, self.guidance_scale)
 
     def noise(self, rows: Sequence[int] | None = None) -> Tensor:
@@ -180,9 +206,25 @@ class DiffusersSession(Session):
     def _scale_noise(self, noise: Tensor) -> Tensor:
         return (noise * self._noise_scale).to(self.user._execution_device, self.embeds.dtype)
 
-    def _segment(self, x: Tensor, start: int, stop: int, rows: Sequence[int]) -> Arrival:
+    def segment(self, x: Tensor, start: int, stop: int, rows: Sequence[int] | None = None) -> Arrival:
+        """As in `Session`. Once a user's callback has interrupted the pipeline, later segments leave the states as they are.
+
+        Raises:
+            UnsupportedError: a part of the grid with eta = 0: the user's own solver may have a history, which a cut would lose.
+        """
         if self.interrupted:
             return Arrival(x, x)
+        if not self.eta and (start, stop) != (0, self.steps):
+            name = type(self.user.scheduler).__name__
+            raise UnsupportedError(
+                f"eta=0 steps with {name} itself, which runs from 0 to {self.steps} only, not {start} to {stop}"
+            )
+        self._stopped = False
+        arrival = super().segment(x, start, stop, rows)
+        self.interrupted = self._stopped
+        return arrival
+
+    def _segment(self, x: Tensor, start: int, stop: int, rows: Sequence[int]) -> Arrival:
         prompts = [r // self.particles for r in rows]
         call = {**self.call, **self._grid_call, "prompt_embeds": self.embeds[prompts], "latents": x, "output_type": "latent"}
         if self.negatives is not None:
@@ -193,8 +235,17 @@ class DiffusersSession(Session):
         control.start, control.stop, control.rows, control.x0 = start, stop, rows, x
         with watching(self._watch, *self._denoisers):
             out = self.shadow(**call).images
-        self.interrupted = bool(self.shadow._interrupt)
+        self._stopped |= bool(self.shadow._interrupt)
         return Arrival(out, control.x0)
+
+
+def grid_length(pipe: Any, steps: int, eta: float | None) -> int:
+    """How often a call with so many steps evaluates the denoiser for a row: more than `steps` for solvers with inner steps."""
+    if eta:
+        return DiffusersSession(pipe, [""], particles=1, seed=0, num_inference_steps=steps, eta=eta).steps
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(steps)
+    return len(scheduler.timesteps)
 
 
 class _SegmentControl:
@@ -218,7 +269,7 @@ class _SegmentControl:
     def noise(self, index: int, sample: Tensor, generator: Any) -> Tensor:
         return self.session.step_noise(self.rows, index)
 
-    def arrived(self, index: int, total: int, x: Tensor, x0: Tensor) -> Tensor:
+    def arrived(self, index: int, total: int, x: Tensor, x0: Tensor, generator: Any) -> Tensor:
         self.x0 = x0
         self.session._outputs = self.session._watch.take()
         return x

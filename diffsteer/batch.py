@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from diffsteer.pipeline import SteeredPipeline
     from diffsteer.run import SteeredOutput
 
+SHOWN = 64  # images on the sheet, the first ones
 MANIFEST, TIMINGS, GRID = "manifest.jsonl", "timings.jsonl", "grid.png"
 _COUNTS = ("evaluations", "decodes", "reward_calls")  # those that each prompt has of its own, however many run together
 
@@ -81,6 +82,11 @@ def _item(index: int, line: str, where: str) -> Item:
         raise DiffsteerError(f'{where}: no JSON ({error}); wanted {{"prompt": "..."}}') from error
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
         raise DiffsteerError(f'{where}: wanted an object with a text "prompt", such as {{"prompt": "a red star"}}')
+    ours = [key for key in entry if key in ("seed", "negative_prompt", "guidance_scale", "num_inference_steps")]
+    if ours:
+        raise DiffsteerError(
+            f"{where}: {ours[0]!r} cannot be set for one prompt; give {ours[0]}= for all (valid here: prompt, id)"
+        )
     id = entry.get("id", index)
     if isinstance(id, bool) or not isinstance(id, (int, str)):
         raise DiffsteerError(f"{where}: the id {id!r} is neither a text nor a whole number")
@@ -109,6 +115,7 @@ class Folder:
 
     def __post_init__(self) -> None:
         manifest, prompts = self.path / MANIFEST, {item.id: item for item in self.items}
+        _cut_unfinished(self.path / TIMINGS)
         whole = _whole_lines(manifest)
         for entry in whole:
             if entry["settings"] != self.settings_hash:
@@ -139,7 +146,9 @@ class Folder:
             pairs = zip(out.rewards[p], out.log_weights[p], strict=True)
             facts = [{"reward": _number(r), "log_weight": _number(w)} for r, w in pairs]
             entry: dict[str, Any] = {"id": item.id, "prompt": item.prompt, "seed": seed, "image": item.image, **facts[chosen]}
-            entry |= {"log_z": _number(out.log_z[p]), "ledger": counts, "settings": self.settings_hash}
+            exponent = _number(out.trace.events[-1].exponent[p]) if out.trace.events else None
+            entry |= {"log_z": _number(out.log_z[p]), "exponent": exponent}
+            entry |= {"ledger": counts, "settings": self.settings_hash}
             if output == "all" and len(images) == len(items) * per:
                 names = [f"{item.image.removesuffix('.png')}_{k:02d}.png" for k in range(per)]
                 for k, name in enumerate(names):
@@ -156,14 +165,15 @@ class Folder:
         _append(self.path / TIMINGS, [{"ids": [i.id for i in items], "seconds": ledger.seconds, **rest}])
 
     def finish(self) -> None:
-        """Put the manifest in the order of the items, lines of prompts that are not asked for now last; draw the sheet."""
+        """Put the manifest in the order of the items, lines of prompts that are not asked for now last; draw the sheet of the first
+        `SHOWN`."""
         asked = [item.id for item in self.items if item.id in self.entries]
         entries = [self.entries[id] for id in dict.fromkeys([*asked, *self.entries])]
         text = "".join(_line(entry) for entry in entries)
         if not (self.path / MANIFEST).is_file() or (self.path / MANIFEST).read_text(encoding="utf-8") != text:
             with _replacing(self.path / MANIFEST) as part:
                 part.write_text(text, encoding="utf-8")
-        shown = [self.entries[id] for id in asked]
+        shown = [self.entries[id] for id in asked[:SHOWN]]
         sheet([[self.path / e["image"] for e in shown]], [e["prompt"] for e in shown], self.path / GRID)
 
 
@@ -194,7 +204,7 @@ def generate(
         items = missing[start : start + size]
         if steered.sampler is not None:
             out = steered([i.prompt for i in items], seed=seed, ids=[i.id for i in items], watch=watch, **call)
-        elif len(folder.items) == 1:
+        elif items[0].id == 0:  # a single prompt is the plain pipeline with this seed, also once others have joined it
             out = steered([items[0].prompt], seed=seed, **call)
         else:
             out = steered([items[0].prompt], generator=rng.generator(seed, items[0].id), **call)
@@ -208,8 +218,7 @@ def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a manifest; a last one that a stopped run left unfinished is cut off the file."""
     if not path.is_file():
         return
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
+    whole = _cut_unfinished(path)
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             entry = json.loads(line)
@@ -219,9 +228,16 @@ def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
         if not known:
             raise DiffsteerError(f"{path}, line {number}: this is no line of a manifest; choose another out=")
         yield entry
+
+
+def _cut_unfinished(path: Path) -> bytes:
+    """Cut off a last line that a stopped run left unfinished; return what stays."""
+    data = path.read_bytes() if path.is_file() else b""
+    whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
         with _replacing(path) as part:
             part.write_bytes(whole)
+    return whole
 
 
 @contextlib.contextmanager

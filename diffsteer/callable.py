@@ -49,6 +49,12 @@ class CallableModel:
             raise DiffsteerError('alphas_cumprod is needed for path="vp", and for no other')
         if prediction == "velocity" and path != "flow":
             raise DiffsteerError('prediction="velocity" goes with path="flow"')
+        if path == "flow" and prediction == "eps":
+            raise DiffsteerError(
+                'prediction="eps" says nothing of x0 at t = 1 of a flow, where x is all noise; use "velocity" or "x0"'
+            )
+        if alphas_cumprod is not None and not 0 < float(alphas_cumprod.min()) <= float(alphas_cumprod.max()) <= 1:
+            raise DiffsteerError("alphas_cumprod must lie in (0, 1]")
         self.fn, self.prediction, self.path, self.shape = fn, prediction, path, tuple(shape)
         self.alphas_cumprod = None if alphas_cumprod is None else alphas_cumprod.double()
         self.sigmas, self.decode = sigmas, decode

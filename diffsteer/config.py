@@ -138,6 +138,8 @@ def for_hydra(argv: list[str]) -> list[str]:
             rewritten.append(f"{key}={quoted(value)}")
         elif equals and key == "model" and _is_path(value, argv):
             rewritten += ["model=path", f"model.path={quoted(value)}"]
+        elif equals and key == "prompts" and Path(value).is_file():
+            rewritten.append(f"{key}={quoted(value)}")  # a file's name may hold what Hydra's grammar reads otherwise
         else:
             rewritten.append(arg)
     return rewritten
@@ -150,7 +152,7 @@ def quoted(text: str) -> str:
     ``???`` would mean a missing value and has no escape, so its first letter becomes an interpolation.
     """
     text = re.sub(r"(\\*)\$\{", lambda m: 2 * m[1] + r"\${", text) if text != MISSING else "${oc.decode:\"'?'\"}??"
-    return "'" + re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + (r"\'" if m[2] else ""), text) + "'"
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda m: 2 * m[1] + (r"\'" if m[2] else ""), text) + "'"
 
 
 def _is_path(value: str, argv: list[str]) -> bool:

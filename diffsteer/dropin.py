@@ -38,8 +38,9 @@ def steered(
 
     Selection happens inside `step`, so the pipeline must make K images a prompt, prompt-major (``num_images_per_prompt=K``).
     All of them come back, each group's chosen particle first. After a run `scheduler.steering` has `trace`, `rewards`,
-    `log_weights`, `log_z` and `ledger`, in the order of the images. The `generator` given to the pipeline is the key of the
-    randomness (its `initial_seed`); the pipeline's `eta` argument is not used, the sampler's own is.
+    `log_weights`, `log_z` and `ledger` (decodes and reward calls; the denoiser's rows are the pipeline's), in the order of the
+    images. The `generator` given to the pipeline is the key of the randomness (its `initial_seed`; of a list, all together); the
+    pipeline's `eta` argument is not used, the sampler's own is.
 
     Args:
         scheduler: the pipeline's own; it is copied, not changed.
@@ -72,6 +73,10 @@ class Steering:
         self.ids = tuple(range(len(self.prompts)) if ids is None else ids)
         if sampler is not None and not self.prompts:
             raise DiffsteerError("steered(): give prompts=, since a scheduler's step never sees them")
+        if output not in ("best", "draw"):
+            raise DiffsteerError(f"steered(): output={output!r} is unknown; valid: best, draw (all rows return anyway)")
+        if len(self.ids) != len(self.prompts) or len(set(self.ids)) != len(self.ids):
+            raise DiffsteerError(f"steered(): {len(self.prompts)} prompts need as many distinct ids, not {list(self.ids)}")
         if sampler is not None and reward is None:
             raise DiffsteerError(f"steered(): the sampler {sampler.name} selects by a reward: give reward=")
         self.decode, self.embedded = _decoder(decoder)
@@ -88,16 +93,18 @@ class Steering:
     def noise(self, index: int, sample: Tensor, generator: Any) -> Tensor:
         """The keyed noise of one transition, (N, ...)."""
         if self.seed is None:
-            self.seed = _seed_of(generator)
+            self.seed = rng.seed_of(generator)
         if self.selection is None:
             self._open(len(self.scheduler.timesteps), len(sample))
         keys = [(id, k) for id in self.ids for k in range(self.sampler.particles)]
         return rng.normal(self.seed, keys, index, "step", sample.shape[1:])
 
-    def arrived(self, index: int, total: int, x: Tensor, x0: Tensor) -> Tensor:
+    def arrived(self, index: int, total: int, x: Tensor, x0: Tensor, generator: Any) -> Tensor:
         """A transition was made: select, and at the end put the chosen ones first."""
         if self.sampler is None:
             return x
+        if self.seed is None:
+            self.seed = rng.seed_of(generator)
         if self.selection is None:
             self._open(total, len(x))
         selection = self.selection
@@ -115,8 +122,7 @@ class Steering:
                 f"but the pipeline has {rows}: "
                 f"call it with the same prompts and num_images_per_prompt={self.sampler.particles}"
             )
-        if self.seed is None:
-            self.seed = _seed_of(None)
+        assert self.seed is not None
         self.ledger = Ledger()
         for reward in (self.reward, self.choice):
             if reward is not None:
@@ -156,11 +162,3 @@ def _decoder(decoder: Any) -> tuple[Callable[[Tensor], Tensor] | None, bool]:
     if callable(decoder):
         return decoder, False
     raise DiffsteerError(f'decoder={decoder!r}; valid: the pipeline, a callable latents -> samples, or "none"')
-
-
-def _seed_of(generator: Any) -> int:
-    if generator is None:
-        return int(torch.randint(2**62, ()))
-    if isinstance(generator, (list, tuple)):
-        return rng.generator(0, *(g.initial_seed() for g in generator)).initial_seed()
-    return int(generator.initial_seed())

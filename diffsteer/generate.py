@@ -77,6 +77,13 @@ def _check(config: DictConfig) -> bool:
         value = OmegaConf.select(config, key)
         if value not in allowed:
             raise DiffsteerError(f"{key}={value} is unknown{nearest(str(value), allowed)}")
+    if not 0 <= config.seed < 2**63:
+        raise DiffsteerError(f"seed={config.seed}; it lies in [0, 2^63)")
+    if config.device is not None:
+        try:
+            torch.empty(0, device=config.device)
+        except RuntimeError as error:
+            raise DiffsteerError(f"device={config.device}: {str(error).splitlines()[0]}") from error
     for key in ("batch", "chunk", "num_inference_steps"):
         if config[key] is not None and config[key] < 1:
             raise DiffsteerError(f"{key}={config[key]}; at least 1 is needed")
@@ -113,10 +120,11 @@ def _snapshot(config: DictConfig, out: Path) -> None:
 
 
 def _load(config: DictConfig, device: str) -> Any:
-    from diffsteer.backend import quiet
+    from diffsteer.backend import quiet, refuse_by_name
 
     quiet()
     options = {key: config.model[key] for key in ("revision", "variant") if config.model[key] is not None}
+    refuse_by_name(config.model.path, **options)
     pipe = load_pipeline(config.model.path, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device, getattr(torch, config.model.dtype))

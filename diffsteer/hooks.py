@@ -24,8 +24,8 @@ _active: ContextVar[Watch | None] = ContextVar("diffsteer_watch", default=None)
 class Watch:
     """What the hooks of one session write to."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self.ledger = ledger
+    def __init__(self, ledger: Ledger, keep: bool = False) -> None:
+        self.ledger, self.keep = ledger, keep
         self.outputs: list[Tensor] = []  # of the denoiser since the last step
         self._started = 0.0
 
@@ -42,7 +42,8 @@ class Watch:
         self.ledger.seconds["denoiser"] = self.ledger.seconds.get("denoiser", 0.0) + time.perf_counter() - self._started
         self.ledger.forwards += 1
         self.ledger.evaluations += len(prediction)
-        self.outputs.append(prediction)
+        if self.keep:
+            self.outputs.append(prediction)
 
     def take(self) -> list[Tensor]:
         """The outputs since the last call."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -55,27 +56,21 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
 
 
 def largest_exponent(
-    log_weights_at: Callable[[Tensor], Tensor], low: Tensor, high: float | None, target: float, iterations: int = 60
+    log_weights_at: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, target: float, iterations: int = 60
 ) -> Tensor:
     """For each group the largest lambda in [low, high] at which the ESS is still at least `target`, by bisection.
 
     Args:
         log_weights_at: from exponents (P,) to log-weights (P, K).
         low: exponents (P,) to stay above; returned where the ESS is too small already.
-        high: the cap; None for no cap: then rewards that cannot lower the ESS, all being equal, leave the exponent at `low`.
+        high: exponents (P,) not to exceed; returned where the ESS is large enough even there.
         target: wanted ESS, in particles.
     """
 
     def enough(exponent: Tensor) -> Tensor:
         return effective_sample_size(log_weights_at(exponent)) >= target * (1 - 1e-9)
 
-    if high is None:
-        step = torch.ones_like(low)
-        for _ in range(40):
-            step = torch.where(enough(low + step), 2 * step, step)
-        upper = torch.where(enough(low + step), low, low + step)
-    else:
-        upper = torch.full_like(low, high).maximum(low)
+    upper = high.maximum(low)
     reached = enough(upper)
     inside, outside = low.clone(), upper.clone()
     for _ in range(iterations):
@@ -83,3 +78,18 @@ def largest_exponent(
         good = enough(middle)
         inside, outside = torch.where(good, middle, inside), torch.where(good, outside, middle)
     return torch.where(reached, upper, inside)
+
+
+def decisive_exponent(rewards: Tensor, alive: Tensor, ratio: float = 1e3) -> Tensor:
+    """How much a further exponent makes the best particles of each group outweigh the next best `ratio` K times, (P,).
+
+    More than that tells nobody anything and only amplifies rounding, so it bounds a tempering without a cap of its own: with
+    ties the ESS cannot fall below their number. 0 where all rewards (P, K) of the living are equal to rounding.
+    """
+    r = rewards.masked_fill(~alive, -torch.inf)
+    best = r.max(1, keepdim=True).values
+    rounding = 1e-6 * rewards.masked_fill(~alive, 0.0).abs().max(1, keepdim=True).values
+    below = r.masked_fill(r >= best - rounding, -torch.inf).max(1).values
+    gap = best[:, 0] - below
+    further = math.log(ratio * rewards.shape[1]) / gap
+    return torch.where(torch.isfinite(gap) & (gap > 0), further, torch.zeros_like(gap))

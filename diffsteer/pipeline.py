@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from diffsteer import rng
 from diffsteer.callable import CallableModel, CallableSession
 from diffsteer.ledger import Ledger
 from diffsteer.reward import Reward, RewardFunction, as_reward
@@ -50,7 +52,8 @@ class SteeredPipeline:
 
     Args:
         pipe: a diffusers pipeline (`UnsupportedError` names those that cannot be steered), or a `CallableModel`.
-        sampler: a method of `diffsteer.samplers`; None runs the pipeline as it is.
+        sampler: a method of `diffsteer.samplers`; None runs the pipeline as it is, all prompts in one call, with its own
+            randomness: `chunk`, `deterministic` and `ids` then have no effect.
         reward: a `Reward`, or a callable ``r(samples (N, ...), prompts) -> (N,)``; may be missing only for None and `BestOfN`.
         choice: another reward for the final choice alone (``output="best"``); the weights stay those of `reward`.
         decoder: "full" scores decoded samples; "none" scores latents and makes no images.
@@ -75,15 +78,15 @@ class SteeredPipeline:
             raise DiffsteerError(f"decoder={decoder!r} is unknown; valid: {', '.join(DECODERS)}")
         if output not in OUTPUTS:
             raise DiffsteerError(f"output={output!r} is unknown; valid: {', '.join(OUTPUTS)}")
-        if sampler is not None and not isinstance(sampler, Sampler):
-            raise TypeError(f"sampler is an object of diffsteer.samplers or None, not {sampler!r}")
+        if sampler is not None and (isinstance(sampler, type) or not isinstance(sampler, Sampler)):
+            raise DiffsteerError(f"sampler is an object, such as FeynmanKac(4), or None, not {sampler!r}")
         latent = decoder == "none" or (isinstance(pipe, CallableModel) and pipe.decode is None)
         seen = "latents" if latent else "pixels"
         self.pipe, self.sampler, self.decoder, self.output = pipe, sampler, decoder, output
         self.reward = None if reward is None else as_reward(reward, seen)
         self.choice = None if choice is None else as_reward(choice, seen)
         self.chunk, self.deterministic = chunk, deterministic
-        if sampler is not None and self.reward is None and len(sampler.schedule(2)) + len(sampler.schedule(100)) > 2:
+        if sampler is not None and sampler.needs_reward and self.reward is None:
             raise DiffsteerError(f"the sampler {sampler.name} selects by a reward: give reward=")
 
     def __call__(
@@ -92,7 +95,7 @@ class SteeredPipeline:
         *,
         num_inference_steps: int | None = None,
         seed: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         ids: Sequence[int | str] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         latents: Tensor | None = None,
@@ -104,7 +107,8 @@ class SteeredPipeline:
 
         Args:
             prompts: one or P of them.
-            seed: the key of all randomness; ``seed=n`` is the generator seeded with n. Without either one is drawn.
+            seed: the key of all randomness; ``seed=n`` is the generator seeded with n, a list of generators is one key
+                together. Without either a seed is drawn from torch's own stream.
             ids: one id a prompt, which keys its noise; default: its index. A prompt and its id give the same in any batch.
             negative_prompt: one for all, or P.
             latents: first states, (P * K, C, h, w), prompt-major, as the pipeline takes them.
@@ -124,14 +128,18 @@ class SteeredPipeline:
             raise DiffsteerError(f"{len(asked)} reward_prompts for {len(prompts)} prompts; give one each")
         if seed is not None and generator is not None:
             raise DiffsteerError("give seed= or generator=, not both")
-        if generator is None:
-            generator = torch.Generator("cpu").manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
-        options: dict[str, Any] = {"num_inference_steps": num_inference_steps} if num_inference_steps else {}
+        if num_inference_steps is not None and num_inference_steps < 1:
+            raise DiffsteerError(f"num_inference_steps={num_inference_steps}; at least 1 is needed")
+        if seed is not None and not 0 <= seed < 2**63:
+            raise DiffsteerError(f"seed={seed}; it lies in [0, 2^63)")
+        key = rng.seed_of(generator) if seed is None else seed
+        options: dict[str, Any] = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
         if self.sampler is None:
-            return self._plain(prompts, asked, generator, negative_prompt, latents, options | call)
+            stream = torch.Generator("cpu").manual_seed(key) if generator is None else generator
+            return self._plain(prompts, asked, stream, negative_prompt, latents, options | call)
         keys: dict[str, Any] = {
             "particles": self.sampler.particles,
-            "seed": generator.initial_seed(),
+            "seed": key,
             "ids": ids,
             "eta": self.sampler.eta,
             "chunk": self.chunk,
@@ -159,29 +167,57 @@ class SteeredPipeline:
             **options,
             **keys,
         )
-        return run(session, self.sampler, self.reward, self.output, self.choice, asked, as_images, watch)
+        return run(session, self.sampler, self.reward, self.output, self.choice, asked, partial(as_images, self.pipe), watch)
 
-    def estimate(self, prompts: int = 1, num_inference_steps: int | None = None, guidance_scale: float | None = None) -> Ledger:
-        """What a call with so many prompts will count."""
-        if isinstance(self.pipe, CallableModel):
-            steps, guided = num_inference_steps or 50, False
-        else:
-            import inspect
+    def estimate(
+        self,
+        prompts: int = 1,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        rehearse: str | None = None,
+    ) -> Ledger:
+        """What a call with so many prompts will count.
 
+        Args:
+            rehearse: a prompt to run two steps with, which tells seconds and memory as well; without it they stay empty.
+        """
+        guided, steps = False, num_inference_steps or 50
+        if not isinstance(self.pipe, CallableModel):
+            from diffsteer.backend import check_pipeline, grid_length, is_guided
             from diffsteer.shapes.models import recommended
 
-            defaults = {k: p.default for k, p in inspect.signature(type(self.pipe).__call__).parameters.items()}
-            known = defaults | recommended(self.pipe)
-            steps = num_inference_steps or known["num_inference_steps"]
-            guided = (known["guidance_scale"] if guidance_scale is None else guidance_scale) > 1
-        chunk = 8 if self.deterministic and self.chunk is None else self.chunk
-        return estimate(self.sampler, prompts, steps, guided, self.reward is not None, chunk)
+            check_pipeline(self.pipe)
+            asked = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+            known = recommended(self.pipe) | {k: v for k, v in asked.items() if v is not None}
+            guided = is_guided(self.pipe, known)
+            steps = grid_length(
+                self.pipe, int(known.get("num_inference_steps", 50)), self.sampler.eta if self.sampler else None
+            )
+        decoded = self.decoder == "full" if not isinstance(self.pipe, CallableModel) else self.pipe.decode is not None
+        said = estimate(
+            self.sampler,
+            prompts,
+            steps,
+            guided=guided,
+            decoded=decoded,
+            rewards=0 if self.reward is None else 1 + (self.choice is not None),
+            chunk=None if self.sampler is None else 8 if self.deterministic and self.chunk is None else self.chunk,
+        )
+        if rehearse is not None:
+            options: dict[str, Any] = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+            tried = self([rehearse], num_inference_steps=2, seed=0, **options).ledger
+            for stage, count in (("denoiser", "evaluations"), ("decode", "decodes"), ("reward", "reward_calls")):
+                if tried.counts[count]:
+                    said.seconds[stage] = tried.seconds[stage] / tried.counts[count] * said.counts[count]
+            said.seconds["total"] = sum(said.seconds.values())
+            said.peak_memory = tried.peak_memory
+        return said
 
     def _plain(
         self,
         prompts: list[Any],
         asked: list[str],
-        generator: torch.Generator,
+        generator: torch.Generator | Sequence[torch.Generator],
         negative_prompt: Any,
         latents: Tensor | None,
         call: dict[str, Any],
@@ -222,7 +258,7 @@ class SteeredPipeline:
             log_weights=flat,
             log_z=flat[:, 0],
             chosen=flat[:, 0].long(),
-            images=as_images(samples) if self.decoder == "full" else None,
+            images=as_images(self.pipe, samples) if self.decoder == "full" else None,
             trace=Trace(),
             ledger=ledger,
         )

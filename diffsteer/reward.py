@@ -43,20 +43,24 @@ class Reward:
         """Score samples (N, ...), one prompt each. Returns (N,) float32. NaN loses."""
         raise TypeError(f"{type(self).__name__} does not define score(samples, prompts, ctx)")
 
-    def __add__(self, other: Reward) -> Reward:
-        return WeightedSum([*_terms(self), *_terms(other)])
+    def __add__(self, other: Reward | RewardFunction) -> Reward:
+        return WeightedSum([*_terms(self), *_terms(as_reward(other, self.input))])
+
+    def __radd__(self, other: Any) -> Reward:
+        starts_a_sum = isinstance(other, int) and other == 0
+        return self if starts_a_sum else as_reward(other, self.input) + self
 
     def __mul__(self, weight: float) -> Reward:
         return WeightedSum([(weight * w, r) for w, r in _terms(self)])
 
     __rmul__ = __mul__
 
-    def __sub__(self, other: Reward) -> Reward:
-        return self + -1.0 * other
+    def __sub__(self, other: Reward | RewardFunction) -> Reward:
+        return self + -1.0 * as_reward(other, self.input)
 
 
 class WeightedSum(Reward):
-    """Rewards added, each with a weight; its facts are those that all of them share."""
+    """Rewards added, each with a weight; what it can do is what all of them can. Range, licence and weights are its terms' own."""
 
     def __init__(self, terms: Sequence[tuple[float, Reward]]) -> None:
         self.terms = list(terms)

@@ -57,35 +57,59 @@ class SteeredOutput:
         torch.save({"samples": self.samples, "latents": self.latents, "log_weights": self.log_weights}, folder / "particles.pt")
         record = {
             "prompts": self.prompts,
-            "rewards": self.rewards.tolist(),
-            "log_weights": self.log_weights.tolist(),
-            "log_z": self.log_z.tolist(),
+            "rewards": _finite(self.rewards),
+            "log_weights": _finite(self.log_weights),
+            "log_z": _finite(self.log_z),
             "chosen": self.chosen.tolist(),
             "events": [
-                {"done": e.done, "rewards": e.rewards.tolist(), "ess": e.ess.tolist(), "ancestors": e.ancestors.tolist()}
+                {
+                    "done": e.done,
+                    "rewards": _finite(e.rewards),
+                    "ess": _finite(e.ess),
+                    "ancestors": e.ancestors.tolist(),
+                    "resampled": e.resampled.tolist(),
+                    "exponent": _finite(e.exponent),
+                }
                 for e in self.trace.events
             ],
             "ledger": self.ledger.as_dict(),
         }
-        (folder / "run.json").write_text(json.dumps(record, indent=1))
+        (folder / "run.json").write_text(json.dumps(record, indent=1, allow_nan=False))
         return folder
 
 
+def _finite(values: Tensor) -> Any:
+    """As lists, with None for what JSON has no number for."""
+    if values.ndim > 1:
+        return [_finite(v) for v in values]
+    return [v if math.isfinite(v) else None for v in values.tolist()]
+
+
 def estimate(
-    sampler: Sampler | None, prompts: int, steps: int, guided: bool, rewarded: bool = True, chunk: int | None = None
+    sampler: Sampler | None,
+    prompts: int,
+    steps: int,
+    *,
+    guided: bool = False,
+    decoded: bool = True,
+    rewards: int = 1,
+    chunk: int | None = None,
 ) -> Ledger:
     """The counts that a run will have, before it runs: equal to what it then counts, the padding of blocks aside.
 
     Args:
+        steps: T, as the scheduler's grid has them.
         guided: classifier-free guidance doubles the evaluations.
+        decoded: samples are decoded before they are scored.
+        rewards: 0 without a reward, 1 with one, 2 with another for the final choice.
         chunk: rows in a block.
     """
     rows, events = (prompts, 1) if sampler is None else (prompts * sampler.particles, len(sampler.schedule(steps)))
     return Ledger(
         evaluations=rows * steps * (1 + guided),
         forwards=steps * math.ceil(rows / (chunk or rows)),
-        decodes=rows * events,
-        reward_calls=rows * events if rewarded else 0,
+        decodes=rows * events if decoded else 0,
+        reward_calls=rows * (events * (rewards > 0) + (rewards > 1)),
     )
 
 

@@ -60,7 +60,7 @@ class Control(Protocol):
 
     def noise(self, index: int, sample: Tensor, generator: Any) -> Tensor: ...
 
-    def arrived(self, index: int, total: int, x: Tensor, x0: Tensor) -> Tensor: ...
+    def arrived(self, index: int, total: int, x: Tensor, x0: Tensor, generator: Any) -> Tensor: ...
 
 
 class _Grid(Tensor):
@@ -159,7 +159,7 @@ class SteeringMixin:
             x_next, estimate = out.prev_sample, getattr(out, "pred_original_sample", None)
             x0 = x_next if estimate is None else estimate
         self._index = k + 1
-        x_next = control.arrived(k, len(self._grid), x_next.to(sample.dtype), x0)
+        x_next = control.arrived(k, len(self._grid), x_next.to(sample.dtype), x0, generator)
         return _StepOutput(x_next, x0) if return_dict else (x_next, x0)
 
     def _transition(
@@ -250,7 +250,7 @@ def install(scheduler: Any, control: Control) -> Any:
 
 def _refuse(scheduler: Any) -> None:
     name, config = type(scheduler).__name__, scheduler.config
-    if name in _NO_TRANSITION:
+    if _NO_TRANSITION & {cls.__name__ for cls in type(scheduler).__mro__}:
         raise UnsupportedError(
             f"{name} has no one-step transition between its levels; use DDIMScheduler or EulerDiscreteScheduler"
         )

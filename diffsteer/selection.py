@@ -73,7 +73,7 @@ class Scorer:
             for rows in blocks(len(samples), self.chunk, self.pad):
                 scores.append(_score(reward, samples[rows], [texts[i] for i in rows], ctx))
         self.ledger.reward_calls += len(samples)
-        return torch.cat(scores)[: len(samples)].double().cpu().view(groups, -1)
+        return torch.cat(scores)[: len(samples)].cpu().double().view(groups, -1)
 
 
 class Selection:

@@ -14,6 +14,7 @@ from diffsteer.algebra import Level, noise_std
 from diffsteer.ledger import Ledger
 from diffsteer.rng import Id
 from diffsteer.selection import blocks
+from diffsteer.types import DiffsteerError
 
 
 class Arrival(NamedTuple):
@@ -26,9 +27,10 @@ class Arrival(NamedTuple):
 class Session(ABC):
     """Conditions (prompts and call arguments) over a backend.
 
-    Rows are numbered prompt-major: row = p * K + k. Each is keyed by its prompt's id and its slot k, so its noise does not
-    depend on the other rows. Rows run in blocks of at most `chunk`, a segment each; with `deterministic` every block has
-    exactly `chunk` rows (8 unless said), the last one padded, so that a row's bits do not depend on how many others there are.
+    Rows are numbered (prompt, particle, expert): row = (p * K + k) * E + e, with E = 1 expert for now. Each is keyed by its
+    prompt's id and its slot k, so its noise does not depend on the other rows. Rows run in blocks of at most `chunk`, a segment
+    each     (and a callback of the user's is called once a block); with `deterministic` every block has exactly `chunk` rows (8 unless
+    said), the last one padded, so that on the CPU a row's bits do not depend on how many others there are.
 
     Attributes:
         steps: T. levels: T + 1 of them, from noise to clean. shape: of one row.
@@ -39,6 +41,7 @@ class Session(ABC):
     shape: tuple[int, ...]
     decoder: Callable[[Tensor], Tensor] | None
     embedded: bool = False
+    experts: int = 1
 
     def __init__(
         self,
@@ -53,17 +56,17 @@ class Session(ABC):
         self.prompts, self.particles, self.seed, self.eta = list(prompts), particles, seed, eta
         self.ids = tuple(range(len(self.prompts)) if ids is None else ids)
         if len(self.ids) != len(self.prompts) or len(set(self.ids)) != len(self.ids):
-            raise ValueError(f"{len(self.prompts)} prompts need as many distinct ids, not {list(self.ids)}")
+            raise DiffsteerError(f"{len(self.prompts)} prompts need as many distinct ids, not {list(self.ids)}")
         if chunk is not None and chunk < 1:
-            raise ValueError(f"chunk={chunk}; at least one row must fit a block")
+            raise DiffsteerError(f"chunk={chunk}; at least one row must fit a block")
         self.chunk = 8 if deterministic and chunk is None else chunk
         self.deterministic = deterministic
         self.ledger = Ledger()
 
     @property
     def rows(self) -> int:
-        """P * K."""
-        return len(self.prompts) * self.particles
+        """P * K * E."""
+        return len(self.prompts) * self.particles * self.experts
 
     @property
     def last_noise(self) -> int:
@@ -73,7 +76,8 @@ class Session(ABC):
 
     def key(self, row: int) -> tuple[Id, int]:
         """A row's prompt id and slot."""
-        return self.ids[row // self.particles], row % self.particles
+        prompt, slot = divmod(row // self.experts, self.particles)
+        return self.ids[prompt], slot
 
     def noise(self, rows: Sequence[int] | None = None) -> Tensor:
         """Keyed first states of the given rows (default: all), (N, *shape), at the level the chain starts from."""

@@ -84,6 +84,7 @@ class Sampler(Protocol):
     name: ClassVar[str]
     exact: ClassVar[bool]
     needs_grad: ClassVar[bool]
+    needs_reward: ClassVar[bool]
     source: ClassVar[str]
 
     @property

@@ -44,6 +44,7 @@ class BestOfN:
     name: ClassVar[str] = "best_of_n"
     exact: ClassVar[bool] = False
     needs_grad: ClassVar[bool] = False
+    needs_reward: ClassVar[bool] = False
     source: ClassVar[str] = "folklore; as a baseline: Ma et al., 2025, arXiv 2501.09732"
 
     def __post_init__(self) -> None:

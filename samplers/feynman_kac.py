@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diffsteer.events import check_events, event_steps
-from diffsteer.particles import PER_ROW, effective_sample_size, largest_exponent, normalize, reindex
+from diffsteer.particles import PER_ROW, decisive_exponent, effective_sample_size, largest_exponent, normalize, reindex
 from diffsteer.resampling import SCHEMES
 from diffsteer.rng import generator
 from diffsteer.types import DiffsteerError, Info, Problem, Step
@@ -83,6 +83,7 @@ class FeynmanKac:
     name: ClassVar[str] = "fk"
     exact: ClassVar[bool] = True
     needs_grad: ClassVar[bool] = False
+    needs_reward: ClassVar[bool] = True
     source: ClassVar[str] = "Singhal et al., 2025, arXiv 2501.06848"
 
     def __post_init__(self) -> None:
@@ -130,7 +131,7 @@ class FeynmanKac:
 
     def apply(self, state: State, step: Step) -> tuple[State, Info]:
         """Weigh by the potential, then resample the groups that need it; never at the end, nor once no noise is to come."""
-        lost = step.rewards.isnan() | (state.log_weights == -math.inf)
+        lost = step.rewards.isnan() | (step.rewards == -math.inf) | (state.log_weights == -math.inf)
         r = step.rewards.masked_fill(lost, 0.0)
         exponent = self._exponent(state, r, lost)
         update = POTENTIALS[self.potential]
@@ -145,9 +146,10 @@ class FeynmanKac:
         blind = lost.all(1)  # nothing to tell the particles of a group apart: the event is passed over
         if bool(blind.any()):
             names = ", ".join(str(state.problem.ids[i]) for i in blind.nonzero()[:, 0].tolist())
-            warnings.warn(f"fk: no finite reward in group {names} after step {step.done}; its weights go uniform", stacklevel=2)
-            uniform = torch.full_like(log_weights, -math.log(self.particles))
-            log_weights = torch.where(blind[:, None], uniform, log_weights)
+            warnings.warn(
+                f"fk: no finite reward in group {names} after step {step.done}: its potentials go uniform", stacklevel=2
+            )
+            log_weights = torch.where(blind[:, None], state.log_weights, log_weights)
             total = total.masked_fill(blind, 0.0)
             statistic = torch.where(blind[:, None], state.statistic, statistic)
             potential = torch.where(blind[:, None], state.log_potential, potential)
@@ -178,7 +180,11 @@ class FeynmanKac:
             moved = state.log_weights + exponent[:, None] * r - state.log_potential
             return moved.masked_fill(lost & ~lost.all(1, keepdim=True), -math.inf)
 
-        return largest_exponent(log_weights_at, state.exponent, self.scale, self.target_ess * self.particles)
+        if self.scale is None:
+            high = state.exponent + decisive_exponent(r, ~lost)
+        else:
+            high = torch.full_like(state.exponent, self.scale)
+        return largest_exponent(log_weights_at, state.exponent, high, self.target_ess * self.particles)
 
     def _resample(self, problem: Problem, step: Step, log_weights: Tensor, ess: Tensor) -> tuple[Tensor, Tensor]:
         ancestors = torch.arange(self.particles).repeat(problem.groups, 1)

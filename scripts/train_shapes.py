@@ -6,6 +6,7 @@
     python scripts/train_shapes.py decoder --work DIR   polish the decoder                  (10 min on one core)
     python scripts/train_shapes.py unet --work DIR      text encoder and UNet               (60 min on one core)
     python scripts/train_shapes.py clip --work DIR      the miniature CLIP                  (40 min on one core)
+    python scripts/train_shapes.py clip2 --work DIR     a second, smaller one              (30 min on one core)
     python scripts/train_shapes.py export --work DIR    fp16 safetensors into diffsteer/shapes/weights
 
 Every stage keeps a checkpoint in DIR and goes on from it when it is started again; batches are keyed by the step, so an
@@ -22,6 +23,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,33 +110,28 @@ class Painter(nn.Module):
         return self.unet(x, t, encoder_hidden_states=words).sample
 
 
-def clip_config(vocab: int) -> dict[str, object]:
-    """An open_clip model configuration; `hf_tokenizer_name` only has to be non-empty, the files beside it are read."""
-    return {
-        "embed_dim": 96,
-        "vision_cfg": {"image_size": 64, "layers": 4, "width": 128, "head_width": 32, "patch_size": 8},
-        "text_cfg": {
-            "context_length": CONTEXT,
-            "vocab_size": vocab,
-            "width": 96,
-            "heads": 4,
-            "layers": 3,
-            "hf_tokenizer_name": "shapes",
-            "tokenizer_kwargs": {"clean": "lower"},
-        },
-    }
+# Two of them, of other sizes, seeds and data: one steers, the other may judge or make the final choice.
+CLIPS: dict[str, dict[str, Any]] = {
+    "clip": {"vision": {"layers": 4, "width": 128}, "text": {"width": 96, "heads": 4, "layers": 3}, "stream": 3},
+    "clip2": {"vision": {"layers": 3, "width": 96}, "text": {"width": 64, "heads": 2, "layers": 2}, "stream": 12},
+}
 
 
-def make_clip(folder: Path) -> nn.Module:
+def make_clip(folder: Path, name: str) -> nn.Module:
+    """An open_clip model of our own; `hf_tokenizer_name` only has to be non-empty, the files beside it are read."""
     import open_clip
 
     folder.mkdir(parents=True, exist_ok=True)
-    make_tokenizer().save_pretrained(folder)
-    vocab = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(folder)
+    text = {"context_length": CONTEXT, "vocab_size": len(tokenizer), "hf_tokenizer_name": "shapes"}
+    config = {
+        "embed_dim": 96,
+        "vision_cfg": {"image_size": 64, "head_width": 32, "patch_size": 8, **CLIPS[name]["vision"]},
+        "text_cfg": {**text, "tokenizer_kwargs": {"clean": "lower"}, **CLIPS[name]["text"]},
+    }
     preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
-    (folder / "open_clip_config.json").write_text(
-        json.dumps({"model_cfg": clip_config(vocab), "preprocess_cfg": preprocess}, indent=2)
-    )
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2))
     return open_clip.create_model(f"local-dir:{folder}", load_weights=False)
 
 
@@ -315,9 +312,9 @@ def degrade(x: Tensor, rng: np.random.Generator) -> Tensor:
     return torch.stack(out)
 
 
-def clip_batch(step: int, pairs: int) -> tuple[list[Scene], list[str], np.random.Generator]:
+def clip_batch(key: tuple[int, int], pairs: int) -> tuple[list[Scene], list[str], np.random.Generator]:
     """`pairs` scenes and for each a twin that differs in one attribute; their captions, then three hard negatives a scene."""
-    rng = np.random.default_rng((3, step))
+    rng = np.random.default_rng(key)
     scenes = []
     for i in range(pairs):
         scene = sample_scene(TASKS[i % len(TASKS)], rng, pairs="seen")
@@ -331,10 +328,11 @@ def clip_batch(step: int, pairs: int) -> tuple[list[Scene], list[str], np.random
 
 
 def stage_clip(work: Path, name: str = "clip") -> None:
-    clip = make_clip(work / name)
+    torch.manual_seed(CLIPS[name]["stream"])
+    clip = make_clip(work / name, name)
 
     def loss_of(step: int) -> Tensor:
-        scenes, texts, rng = clip_batch(step, 32)
+        scenes, texts, rng = clip_batch((CLIPS[name]["stream"], step), 32)
         statements = [parse(text) for text in texts]
         true = torch.tensor([[describes(s, scene) for s in statements] for scene in scenes])
         images = degrade(pixels([np.asarray(render(s)) for s in scenes]), rng)
@@ -349,6 +347,10 @@ def stage_clip(work: Path, name: str = "clip") -> None:
         return (F.cross_entropy(logits, torch.arange(n)) + F.cross_entropy(logits[:, :n].T, torch.arange(n))) / 2
 
     torch.save(train(name, work, clip, loss_of, CLIP_STEPS, 1e-3).state_dict(), work / f"{name}.pt")
+
+
+def stage_clip2(work: Path) -> None:
+    stage_clip(work, "clip2")
 
 
 # ------------------------------------------------------------------------------------------------------- the saving
@@ -378,16 +380,17 @@ def stage_export(work: Path, out: Path = WEIGHTS) -> None:
     config = out / "sd" / "text_encoder" / "config.json"
     # A plain load would keep the stored half precision of this part alone, and crash beside a float32 UNet.
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2))
-    shutil.rmtree(out / "clip", ignore_errors=True)
-    shutil.copytree(work / "clip", out / "clip")
-    weights = {k: v.half().contiguous() for k, v in torch.load(work / "clip.pt", weights_only=True).items()}
-    save_file(weights, out / "clip" / "open_clip_model.safetensors")
+    for name in CLIPS:
+        shutil.rmtree(out / name, ignore_errors=True)
+        shutil.copytree(work / name, out / name)
+        weights = {k: v.half().contiguous() for k, v in torch.load(work / f"{name}.pt", weights_only=True).items()}
+        save_file(weights, out / name / "open_clip_model.safetensors")
     print(sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6, "MB")
 
 
 STAGES = {
     f.__name__.removeprefix("stage_"): f
-    for f in (stage_data, stage_vae, stage_latents, stage_decoder, stage_unet, stage_clip, stage_export)
+    for f in (stage_data, stage_vae, stage_latents, stage_decoder, stage_unet, stage_clip, stage_clip2, stage_export)
 }
 
 if __name__ == "__main__":

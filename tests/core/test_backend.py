@@ -276,6 +276,66 @@ def test_callbacks_see_true_steps_and_may_change_or_stop(toy_pipeline: Any) -> N
     assert out.ledger.evaluations == 2 * 2 * 2 * 3
 
 
+def test_an_interrupt_stops_every_block_at_the_same_step(toy_pipeline: Any) -> None:
+    def stop(pipe: Any, i: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = i >= 2
+        return {}
+
+    call: dict[str, Any] = {"num_inference_steps": STEPS, "seed": 0, "callback_on_step_end": stop}
+    whole = SteeredPipeline(toy_pipeline, BestOfN(2), brightness)(PROMPTS, **call)
+    parts = SteeredPipeline(toy_pipeline, BestOfN(2), brightness, chunk=3)(PROMPTS, **call)
+    torch.testing.assert_close(parts.latents, whole.latents, rtol=1e-3, atol=1e-3)
+
+
+def test_the_users_solver_is_not_cut(toy_pipeline: Any) -> None:
+    session = open_session(with_scheduler(toy_pipeline, "UniPCMultistepScheduler"), eta=0.0)
+    x = session.noise()
+    assert session.segment(x, 0, STEPS).x.isfinite().all()
+    with pytest.raises(UnsupportedError, match="UniPCMultistepScheduler itself, which runs from 0 to 6 only"):
+        session.segment(x, 0, 3)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "PNDMScheduler", "HeunDiscreteScheduler"])
+@pytest.mark.parametrize("sampler", [None, BestOfN(2, eta=0.0), BestOfN(2), FeynmanKac(4)])
+def test_the_estimate_is_what_is_counted(toy_pipeline: Any, name: str, sampler: Any) -> None:
+    pipe = with_scheduler(toy_pipeline, name)
+    for options in ({}, {"decoder": "none"}, {"choice": lambda x, p: x.mean((1, 2, 3)), "chunk": 3}):
+        steered_pipe = SteeredPipeline(pipe, sampler, brightness, **options)
+        said = steered_pipe.estimate(2, STEPS).counts
+        counted = steered_pipe(PROMPTS, num_inference_steps=STEPS, seed=0).ledger.counts
+        if sampler is None and "choice" in options:
+            said["reward_calls"] = counted["reward_calls"]  # one sample a prompt leaves nothing to choose
+        assert said == counted, options
+
+
+def test_a_rehearsal_tells_seconds_and_memory(toy_pipeline: Any) -> None:
+    said = SteeredPipeline(toy_pipeline, FeynmanKac(4), brightness).estimate(2, STEPS, rehearse="a red circle")
+    assert {"denoiser", "decode", "reward", "total"} <= set(said.seconds) and said.peak_memory > 0
+    assert 0 < said.seconds["denoiser"] < 60
+
+
+def test_a_list_of_generators_is_one_key(toy_pipeline: Any) -> None:
+    pipe = SteeredPipeline(toy_pipeline, FeynmanKac(2), brightness)
+
+    def run(*seeds: int) -> Tensor:
+        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        return pipe(PROMPTS, num_inference_steps=3, generator=generators).latents
+
+    assert torch.equal(run(1, 2), run(1, 2)) and not torch.equal(run(1, 2), run(1, 3))
+
+
+def test_a_safety_checker_blacks_out(toy_pipeline: Any) -> None:
+    pipe = copy.copy(toy_pipeline)
+    pipe.safety_checker = object()
+
+    def judge(image: Tensor, device: Any, dtype: Any) -> tuple[Tensor, list[bool]]:
+        return image, [True, False]
+
+    pipe.run_safety_checker = judge
+    out = SteeredPipeline(pipe, BestOfN(1), brightness)(PROMPTS, num_inference_steps=2, seed=0)
+    assert out.images is not None and out.images[0].getextrema() == ((0, 0),) * 3 != out.images[1].getextrema()
+
+
 def test_lora_keeps_working(toy_pipeline: Any) -> None:
     from conftest import build_toy_pipeline
     from peft import LoraConfig

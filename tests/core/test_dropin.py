@@ -100,6 +100,11 @@ def test_best_of_n_with_the_users_solver(toy_pipeline: Any) -> None:
     assert {tuple(r.flatten().tolist()) for r in rows} == {tuple(r.flatten().tolist()) for r in plain}
 
 
+def test_a_draw_is_keyed_by_the_generator_also_at_eta_zero(toy_pipeline: Any) -> None:
+    pipe = put(toy_pipeline, BestOfN(4, eta=0.0), output="draw")
+    assert len({tuple(call(pipe).flatten().tolist()) for _ in range(4)}) == 1
+
+
 def test_ids_key_the_noise(toy_pipeline: Any) -> None:
     start = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(9))
     swapped = put(toy_pipeline, FeynmanKac(4), prompts=PROMPTS[::-1], ids=[1, 0])
@@ -144,6 +149,9 @@ def test_refusals(toy_pipeline: Any) -> None:
         steered(scheduler, FeynmanKac(4), reward=brightness)
     with pytest.raises(DiffsteerError, match="give reward="):
         steered(scheduler, FeynmanKac(4), prompts=PROMPTS)
+    for bad, message in (({"output": "bset"}, "best, draw"), ({"ids": [1, 1]}, "distinct ids"), ({"ids": [1]}, "distinct ids")):
+        with pytest.raises(DiffsteerError, match=message):
+            steered(scheduler, FeynmanKac(4), reward=brightness, prompts=PROMPTS, **bad)
     with pytest.raises(DiffsteerError, match="decoder="):
         steered(scheduler, FeynmanKac(4), reward=brightness, prompts=PROMPTS, decoder=3)
     with pytest.raises(UnsupportedError, match="steered already"):

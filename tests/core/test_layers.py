@@ -24,7 +24,8 @@ FLOORS = [
     ["session"],
     ["callable", "run", "backend"],
     ["pipeline", "dropin", "toy"],
-    ["registry", "config", "batch", "generate", "cli", "__main__"],
+    ["sheet"],
+    ["registry", "config", "batch", "listing", "generate", "cli", "__main__"],
 ]
 FACES = {"pipeline", "dropin", "cli", "generate", "batch", "config", "registry"}
 

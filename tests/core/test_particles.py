@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffsteer import rng
-from diffsteer.particles import PER_ROW, effective_sample_size, largest_exponent, normalize, reindex
+from diffsteer.particles import PER_ROW, decisive_exponent, effective_sample_size, largest_exponent, normalize, reindex
 from diffsteer.resampling import SCHEMES
 
 WEIGHTS = [
@@ -93,16 +94,31 @@ def test_ess_by_its_definition(logs: list[float]) -> None:
 def test_tempering_stops_at_the_target(rewards: list[float], target: float) -> None:
     r = torch.tensor([rewards], dtype=torch.float64)
     low = torch.zeros(1, dtype=torch.float64)
-    exponent = largest_exponent(lambda e: e[:, None] * r, low, 50.0, target * 4)
+    exponent = largest_exponent(lambda e: e[:, None] * r, low, low + 50, target * 4)
     ess = float(effective_sample_size(exponent[:, None] * r))
     assert ess >= target * 4 * (1 - 1e-6)
     assert float(exponent) == 50.0 or ess == pytest.approx(target * 4, rel=1e-3)
 
 
-def test_constant_rewards_leave_the_exponent() -> None:
-    low = torch.tensor([0.7], dtype=torch.float64)
-    flat = torch.ones(1, 4, dtype=torch.float64)
-    assert float(largest_exponent(lambda e: e[:, None] * flat, low, None, 2.0)) == 0.7
+@pytest.mark.parametrize(
+    ("rewards", "further"),
+    [
+        ([1.0, 1.0, 1.0, 1.0], 0.0),
+        ([1.0, 1.0, 1.0, 1.0 + 1e-7], 0.0),
+        ([1.0, 1.0, 1.0, 0.0], math.log(4000)),
+        ([5.0, 5.0, 3.0, -100.0], math.log(4000) / 2),
+        ([0.0, 9.0, 9.0, 9.0], math.log(4000) / 9),
+    ],
+)
+def test_ties_and_rounding_bound_the_exponent(rewards: list[float], further: float) -> None:
+    r = torch.tensor([rewards], dtype=torch.float64)
+    assert float(decisive_exponent(r, torch.ones(1, 4, dtype=torch.bool))) == pytest.approx(further)
+
+
+def test_the_dead_do_not_count() -> None:
+    r = torch.tensor([[1.0, 0.0, 7.0, 0.0]], dtype=torch.float64)
+    assert float(decisive_exponent(r, torch.tensor([[True, True, False, True]]))) == pytest.approx(math.log(4000))
+    assert float(decisive_exponent(r, torch.zeros(1, 4, dtype=torch.bool))) == 0
 
 
 @dataclass(frozen=True)

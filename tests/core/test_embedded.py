@@ -1,0 +1,142 @@
+"""The models that ship: they load as any other, keep their promises, and their rewards and defaults follow them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from diffsteer import DiffsteerError, SteeredPipeline, load_pipeline, steered
+from diffsteer.cli import main
+from diffsteer.rewards import ClipScore, Compressibility
+from diffsteer.samplers import BestOfN, FeynmanKac
+from diffsteer.shapes import TASKS, caption, check, one_attribute_changed, render, sample_scene
+from diffsteer.shapes.models import CLIP, MODELS, WEIGHTS, recommended
+from diffsteer.types import Context
+
+EMBEDDED = Context(embedded=True)
+
+
+@pytest.fixture(scope="module")
+def shapes() -> Any:
+    pipe = load_pipeline("shapes")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def renders(count: int, stream: int) -> tuple[list[Any], torch.Tensor]:
+    scenes = [sample_scene(TASKS[i % 6], np.random.default_rng((stream, i))) for i in range(count)]
+    images = [torch.from_numpy(np.array(render(s))).permute(2, 0, 1) / 255 for s in scenes]
+    return scenes, torch.stack(images)
+
+
+def test_they_are_small_and_load_without_us() -> None:
+    files = [f for f in WEIGHTS.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) <= 8_000_000
+    assert not [f for f in files if f.suffix in (".bin", ".pt", ".ckpt")]
+    pipe = StableDiffusionPipeline.from_pretrained(MODELS["shapes"], safety_checker=None)
+    parts = (pipe.unet, pipe.vae, pipe.text_encoder)
+    assert {p.dtype for m in parts for p in m.parameters()} == {torch.float32}
+    assert pipe.vae.config.scaling_factor == 1.0 and pipe.scheduler.config.prediction_type == "epsilon"
+    import open_clip
+
+    model = open_clip.create_model(f"local-dir:{CLIP}", require_pretrained=True)
+    tokens = open_clip.get_tokenizer(f"local-dir:{CLIP}")(["a red circle", "a blue ring"])
+    assert tokens.shape == (2, 16) and model.encode_text(tokens).isfinite().all()
+
+
+def test_the_autoencoder_keeps_what_the_checker_reads(shapes: Any) -> None:
+    scenes, x = renders(240, 21)
+    with torch.no_grad():
+        y = shapes.vae.decode(shapes.vae.encode(x * 2 - 1).latent_dist.mode()).sample
+    right = [check((i / 2 + 0.5).clamp(0, 1), caption(s)).correct for i, s in zip(y, scenes, strict=True)]
+    assert np.mean(right) >= 0.96
+
+
+def test_latents_have_unit_scale(shapes: Any) -> None:
+    _, x = renders(120, 22)
+    with torch.no_grad():
+        z = shapes.vae.encode(x * 2 - 1).latent_dist.mode()
+    assert z.mean((0, 2, 3)).abs().max() < 0.3 and (z.std((0, 2, 3)) - 1).abs().max() < 0.3
+
+
+def test_clip_prefers_the_right_caption() -> None:
+    scenes, x = renders(300, 23)
+    rng = np.random.default_rng(0)
+    wrong = [str(c[rng.integers(len(c))]) for c in (one_attribute_changed(s.statement) for s in scenes)]
+    reward = ClipScore()
+    higher = reward.score(x, [caption(s) for s in scenes], EMBEDDED) > reward.score(x, wrong, EMBEDDED)
+    assert float(higher.float().mean()) >= 0.88
+
+
+def test_the_painter_paints(shapes: Any) -> None:
+    texts = [caption(sample_scene("single_object", np.random.default_rng((24, i)))) for i in range(40)]
+    out = SteeredPipeline(shapes, BestOfN(1))(texts, seed=0)
+    right = [check(s[0].float(), t).correct for s, t in zip(out.samples, texts, strict=True)]
+    assert np.mean(right) >= 0.7
+
+
+def test_steering_raises_the_reward(shapes: Any) -> None:
+    texts = [caption(sample_scene("color_attr", np.random.default_rng((25, i)))) for i in range(10)]
+    plain = SteeredPipeline(shapes, BestOfN(1), ClipScore())(texts, seed=0)
+    out = SteeredPipeline(shapes, FeynmanKac(4), ClipScore())(texts, seed=0)
+    assert out.rewards.max(1).values.mean() > plain.rewards.mean() + 2 * plain.rewards.std() / 10**0.5
+    # not by the final choice alone: the whole population is better than as many independent draws
+    draws = SteeredPipeline(shapes, BestOfN(4), ClipScore())(texts, seed=0)
+    assert out.rewards.mean() > draws.rewards.mean() + 2 * draws.rewards.std() / 40**0.5
+    assert bool(torch.stack([i.resampled for i in out.trace.events]).any())
+
+
+def test_defaults_follow_the_model(shapes: Any, toy_pipeline: Any) -> None:
+    advised = recommended(shapes)
+    assert set(advised) == {"guidance_scale", "num_inference_steps"} and recommended(toy_pipeline) == {}
+    out = SteeredPipeline(shapes, BestOfN(1), Compressibility())(["a star"], seed=0)
+    assert out.ledger.evaluations == 2 * advised["num_inference_steps"]
+    assert out.ledger.counts == SteeredPipeline(shapes, BestOfN(1), Compressibility()).estimate().counts
+    plain = SteeredPipeline(shapes)(["a star"], seed=3).latents
+    own = shapes("a star", generator=torch.Generator().manual_seed(3), output_type="latent", **advised).images
+    assert torch.equal(plain[:, 0], own)
+
+
+def test_words_outside_the_list_are_refused(shapes: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(DiffsteerError, match="'dog'"):
+        SteeredPipeline(shapes, FeynmanKac(2), ClipScore())(["a red dog"], seed=0)
+    assert main(["generate", "prompt=a red dog", f"out={tmp_path / 'o'}"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert "'dog'" in said and "\n" not in said and not (tmp_path / "o" / "manifest.jsonl").exists()
+
+
+def test_drop_in_uses_the_embedded_clip(shapes: Any) -> None:
+    import copy
+
+    pipe = copy.copy(shapes)
+    prompts = ["a red circle left of a blue square"]
+    pipe.scheduler = steered(shapes.scheduler, FeynmanKac(4), reward=ClipScore(), decoder=pipe, prompts=prompts)
+    generator = torch.Generator().manual_seed(0)
+    images = pipe(prompts, num_images_per_prompt=4, generator=generator, num_inference_steps=10, output_type="pt").images
+    rewards = ClipScore().score(images, prompts * 4, EMBEDDED)
+    assert int(rewards.argmax()) == 0
+
+
+def test_generate_without_arguments(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "num_inference_steps=8", "out=demo"]) == 0
+    said = capsys.readouterr().out
+    lines = [line for line in said.splitlines() if "right" in line or "wrong" in line]
+    assert len(lines) == 6 and "evaluations" in said
+    assert len(list((tmp_path / "demo" / "images").glob("*.png"))) == 6 and (tmp_path / "demo" / "grid.png").exists()
+
+
+def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    scope: dict[str, Any] = {"prompts": ["a red circle"]}
+    for block in [part.split("```")[0] for part in text.split("```python\n")[1:]]:
+        exec(block, scope)
+    assert (tmp_path / "run" / "000.png").exists() and len(scope["images"]) == 4
