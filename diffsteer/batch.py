@@ -165,8 +165,7 @@ class Folder:
         _append(self.path / TIMINGS, [{"ids": [i.id for i in items], "seconds": ledger.seconds, **rest}])
 
     def finish(self) -> None:
-        """Put the manifest in the order of the items, lines of prompts that are not asked for now last; draw the sheet of the first
-        `SHOWN`."""
+        """Put the manifest in the order of the items, lines of prompts that are not asked for now last; draw the sheet."""
         asked = [item.id for item in self.items if item.id in self.entries]
         entries = [self.entries[id] for id in dict.fromkeys([*asked, *self.entries])]
         text = "".join(_line(entry) for entry in entries)

@@ -39,8 +39,8 @@ def steered(
     Selection happens inside `step`, so the pipeline must make K images a prompt, prompt-major (``num_images_per_prompt=K``).
     All of them come back, each group's chosen particle first. After a run `scheduler.steering` has `trace`, `rewards`,
     `log_weights`, `log_z` and `ledger` (decodes and reward calls; the denoiser's rows are the pipeline's), in the order of the
-    images. The `generator` given to the pipeline is the key of the randomness (its `initial_seed`; of a list, all together); the
-    pipeline's `eta` argument is not used, the sampler's own is.
+    images. The `generator` given to the pipeline is the key of the randomness (its `initial_seed`; of a list, all together);
+    the pipeline's `eta` argument is not used, the sampler's own is.
 
     Args:
         scheduler: the pipeline's own; it is copied, not changed.

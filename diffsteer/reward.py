@@ -60,7 +60,8 @@ class Reward:
 
 
 class WeightedSum(Reward):
-    """Rewards added, each with a weight; what it can do is what all of them can. Range, licence and weights are its terms' own."""
+    """Rewards added, each with a weight; what it can do is what all of them can. Range, licence and weights are the
+    terms' own."""
 
     def __init__(self, terms: Sequence[tuple[float, Reward]]) -> None:
         self.terms = list(terms)

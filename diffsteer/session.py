@@ -29,8 +29,8 @@ class Session(ABC):
 
     Rows are numbered (prompt, particle, expert): row = (p * K + k) * E + e, with E = 1 expert for now. Each is keyed by its
     prompt's id and its slot k, so its noise does not depend on the other rows. Rows run in blocks of at most `chunk`, a segment
-    each     (and a callback of the user's is called once a block); with `deterministic` every block has exactly `chunk` rows (8 unless
-    said), the last one padded, so that on the CPU a row's bits do not depend on how many others there are.
+    each (and a callback of the user's is called once a block); with `deterministic` every block has exactly `chunk` rows (8
+    unless said), the last one padded, so that on the CPU a row's bits do not depend on how many others there are.
 
     Attributes:
         steps: T. levels: T + 1 of them, from noise to clean. shape: of one row.

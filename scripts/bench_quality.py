@@ -6,7 +6,7 @@
 
 The reward that steers is the miniature CLIP; the judge is the checker, which no reward has seen. A case is a caption and a
 seed, and all methods start from the same keyed noises: the draws of best of 4 (and the plain sample) are the first of the draws
-of best of 8, which keyed randomness makes the very samples that a run of its own would give. Intervals are 95 %, by
+of best of 8, which keyed randomness makes the samples, to rounding, that a run of its own would give. Intervals are 95 %, by
 bootstrap over captions.
 """
 
@@ -97,6 +97,8 @@ def run(work: Path, methods: list[str], shard: tuple[int, int], count: int, empt
                     "second": other,
                     "log_weights": out.log_weights[i].tolist(),
                     "right": [judge(s, case["caption"]) for s in samples],
+                    "exponent": out.trace.events[-1].exponent[i].item(),
+                    "ess": [e.ess[i].item() for e in out.trace.events],
                     "roots": len(set(out.trace.lineage()[-1][i].tolist())),
                     "evaluations": out.ledger.evaluations // len(cases),
                     "decodes": out.ledger.decodes // len(cases),

@@ -10,6 +10,7 @@ python scripts/card_shapes.py autoencoder             the checker after the auto
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from bench_quality import held_out, interval, judge, seen
 from PIL import Image, ImageDraw
+from train_shapes import ENCODED
 
 from diffsteer import SteeredPipeline, load_pipeline
 from diffsteer.rewards import ClipScore
@@ -77,9 +79,17 @@ def model() -> None:
             mine = np.array([c["task"] == task for c in cases])
             print(f"  {task}: {right[mine].mean():.2f}")
         known = np.array([seen(t) for t in texts])
-        print(
-            f"  seen pairs: {right[known].mean():.2f} (n={known.sum()}), unseen: {right[~known].mean():.2f} (n={(~known).sum()})"
-        )
+        print(f"  seen pairs {right[known].mean():.2f} ({known.sum()}), unseen {right[~known].mean():.2f} ({(~known).sum()})")
+        trained = training_captions()
+        new = np.array([t not in trained for t in texts])
+        print(f"  {new.sum()} of the {len(texts)} captions are unseen themselves: {right[new].mean() if new.any() else 0:.2f}")
+
+
+@functools.cache
+def training_captions() -> set[str]:
+    """Every caption that the painter was trained on, drawn again."""
+    rngs = (np.random.default_rng((1, i)) for i in range(ENCODED))
+    return {caption(sample_scene(TASKS[i % len(TASKS)], rng, pairs="seen")) for i, rng in enumerate(rngs)}
 
 
 def clip(count: int = 3000) -> None:

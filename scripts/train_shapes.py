@@ -201,6 +201,7 @@ def stage_data(work: Path) -> None:
 
 def stage_vae(work: Path) -> None:
     """Two rounds: all pixels alike, then smaller batches in which objects weigh more than the plain background."""
+    torch.manual_seed(1)
     images, vae = np.load(work / "images.npy", mmap_mode="r"), make_vae()
 
     def loss_with(batch: int, emphasis: float, kl_weight: float) -> Callable[[int], Tensor]:
@@ -271,6 +272,7 @@ def stage_unet(work: Path) -> None:
     make_tokenizer().save_pretrained(work / "tokenizer")
     ids = tokenize(work / "tokenizer", (work / "captions.txt").read_text().split("\n")[:ENCODED])
     empty = tokenize(work / "tokenizer", [""])
+    torch.manual_seed(2)
     latents, painter = torch.load(work / "latents.pt", weights_only=True), Painter(int(ids.max()) + 1)
     noising = DDIMScheduler(**SCHEDULE)
 

@@ -34,7 +34,8 @@ RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
-# Colour-shape pairs that no training scene contains, one colour a shape: what a model makes of them is generalisation.
+# Colour-shape pairs, one colour a shape, that the autoencoder and the painter never see in training: what they make of them is
+# generalisation. (The miniature CLIPs do meet them, in the hard negatives that they are trained on.)
 UNSEEN_PAIRS = frozenset(
     {("cyan", "circle"), ("pink", "square"), ("green", "triangle"), ("red", "star"), ("yellow", "cross"), ("purple", "ring")}
 )
