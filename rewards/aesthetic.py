@@ -109,7 +109,7 @@ class Aesthetic(Reward):
         model_name: as in `ClipScore`. The -quickgelu is OpenAI's activation, also for a checkpoint file.
         pretrained: a tag of the model or a checkpoint file.
         resize: squash | crop | pad.
-        device: where CLIP and the head run.
+        device: where CLIP and the head run; None for the accelerator if there is one.
 
     Raises:
         DiffsteerError: options that contradict each other; later, a head or a checkpoint that cannot be loaded, or that do
@@ -120,7 +120,7 @@ class Aesthetic(Reward):
     model_name: str = "ViT-L-14-quickgelu"
     pretrained: str | None = "openai"
     resize: str = "squash"
-    device: str = "cpu"
+    device: str | None = None
 
     name: ClassVar[str] = "aesthetic"
     range: ClassVar[tuple[float, float]] = (1.0, 10.0)
@@ -154,5 +154,5 @@ class Aesthetic(Reward):
                     f"aesthetic: {self.head} takes {head.features} features, {self.model_name} gives {features}"
                 )
             with torch.inference_mode(False):
-                self._loaded = clip, head.to(self.device)
+                self._loaded = clip, head.to(clip.device)
         return self._loaded

@@ -34,7 +34,7 @@ class ClipScore(Reward):
         model_name: any name of open_clip, ``local-dir:FOLDER``, ``hf-hub:ORG/NAME``, or "shapes", the embedded one.
         pretrained: a tag of the model or a checkpoint file, opened as plain tensors only.
         resize: squash | crop | pad, to the model's square. Only "crop", CLIP's own way, loses part of an image.
-        device: where CLIP runs.
+        device: where CLIP runs; None for the accelerator if there is one.
 
     Raises:
         DiffsteerError: options that contradict each other; later, a checkpoint that cannot be loaded, or a prompt with an
@@ -44,7 +44,7 @@ class ClipScore(Reward):
     model_name: str | None = None
     pretrained: str | None = None
     resize: str = "squash"
-    device: str = "cpu"
+    device: str | None = None
 
     name: ClassVar[str] = "clip"
     range: ClassVar[tuple[float, float]] = (-100.0, 100.0)
@@ -58,7 +58,7 @@ class ClipScore(Reward):
         self._loaded: dict[str, OpenClip] = {}
 
     def prepare(self, prompts: Sequence[str], ctx: Context) -> None:
-        """Load the checkpoint and encode the prompts; the features of earlier runs' prompts are dropped."""
+        """Load the checkpoint and encode the prompts; once there are thousands, the features of earlier prompts are dropped."""
         self._texts(prompts, ctx)
         self._clip(ctx).forget_texts_but(prompts)
 

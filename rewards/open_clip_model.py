@@ -18,6 +18,7 @@ from torch import Tensor
 from diffsteer.shapes import models
 from diffsteer.types import DiffsteerError
 
+MANY_TEXTS = 4096  # whose features are kept
 EMBEDDED = "shapes"  # the miniature CLIP that ships with diffsteer
 RESIZE = ("squash", "crop", "pad")
 _SCHEMAS = ("local-dir:", "hf-hub:")
@@ -106,8 +107,8 @@ class OpenClip:
         return self._texts[prompt]
 
     def forget_texts_but(self, prompts: Iterable[str]) -> None:
-        """Drop the features of all other prompts."""
-        kept = set(prompts)
+        """Drop the features of all other prompts, once there are thousands of them."""
+        kept = set(prompts) if len(self._texts) > MANY_TEXTS else set(self._texts)
         self._texts = {p: features for p, features in self._texts.items() if p in kept}
 
     @functools.cached_property
@@ -126,7 +127,7 @@ class OpenClip:
             warnings.warn(f"CLIP reads {length} tokens; what is beyond them is not scored in {prompt!r}", stacklevel=3)
 
 
-def load(model_name: str, pretrained: str | None, device: str = "cpu") -> OpenClip:
+def load(model_name: str, pretrained: str | None, device: str | None = None) -> OpenClip:
     """Load a model with open_clip. Draws nothing from the global random state. Pickled files are opened as plain tensors only.
 
     A tag that was trained with QuickGELU (all of OpenAI's) gets it whatever the model's name; open_clip would only warn. For
@@ -135,12 +136,14 @@ def load(model_name: str, pretrained: str | None, device: str = "cpu") -> OpenCl
     Args:
         model_name: a name of `open_clip.list_models()`, ``local-dir:FOLDER``, ``hf-hub:ORG/NAME``, or "shapes", the embedded.
         pretrained: a tag of the model or a checkpoint file; None for those that bring their weights.
+        device: None for the accelerator if there is one.
 
     Raises:
         DiffsteerError: nothing can be loaded; names the nearest valid names.
     """
     import open_clip
 
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = f"local-dir:{models.CLIP}" if model_name == EMBEDDED else model_name
     quick_gelu = _needs_quick_gelu(name, pretrained)
     with _quiet(), torch.random.fork_rng(devices=[]), torch.inference_mode(False):  # or gradients could not pass later

@@ -36,7 +36,8 @@ from diffsteer.shapes.scene import Scene, caption, describes, render, sample_sce
 from diffsteer.shapes.tokenizer import CONTEXT, make_tokenizer
 
 SCENES, ENCODED = 80_000, 48_000  # the autoencoder sees all, the painter the first of them
-VAE_STEPS, SHARP_STEPS, DECODER_STEPS, UNET_STEPS, CLIP_STEPS = 3_000, 4_500, 3_000, 7_000, 5_000
+VAE_STEPS, SHARP_STEPS, DECODER_STEPS = 3_000, 4_500, 3_000
+UNET_STEPS, NOISY_STEPS, CLIP_STEPS = 7_000, 4_000, 5_000
 
 
 # ---------------------------------------------------------------------------------------------------- the networks
@@ -267,34 +268,47 @@ def stage_decoder(work: Path) -> None:
 
 
 def stage_unet(work: Path) -> None:
+    """Two rounds. Backgrounds, colours and places are decided at the highest noise levels, of which Stable Diffusion's schedule
+    has few and which count little in the loss of the noise: the second round takes DDPM's schedule and lets them count more."""
     from diffusers import DDIMScheduler
 
+    torch.manual_seed(2)
     make_tokenizer().save_pretrained(work / "tokenizer")
     ids = tokenize(work / "tokenizer", (work / "captions.txt").read_text().split("\n")[:ENCODED])
     empty = tokenize(work / "tokenizer", [""])
-    torch.manual_seed(2)
     latents, painter = torch.load(work / "latents.pt", weights_only=True), Painter(int(ids.max()) + 1)
-    noising = DDIMScheduler(**SCHEDULE)
 
-    def loss_of(step: int) -> Tensor:
-        rng = torch.Generator().manual_seed(step)
-        rows = torch.randint(len(latents), (48,), generator=rng)
-        x, noise = latents[rows].float(), torch.randn(48, 4, 16, 16, generator=rng)
-        t = torch.randint(1000, (48,), generator=rng)
-        dropped = torch.rand(48, 1, generator=rng) < 0.1
-        return F.mse_loss(painter(noising.add_noise(x, noise, t), t, torch.where(dropped, empty, ids[rows])), noise)
+    def loss_with(schedule: dict[str, Any], heaviest: float, offset: int) -> Callable[[int], Tensor]:
+        noising = DDIMScheduler(**schedule)
+        weights = (1 / noising.alphas_cumprod).clamp(max=heaviest)
+        weights /= weights.mean()
 
-    torch.save(train("unet", work, painter, loss_of, UNET_STEPS, 2e-3).state_dict(), work / "unet.pt")
+        def loss_of(step: int) -> Tensor:
+            rng = torch.Generator().manual_seed(offset + step)
+            rows = torch.randint(len(latents), (48,), generator=rng)
+            x, noise = latents[rows].float(), torch.randn(48, 4, 16, 16, generator=rng)
+            t = torch.randint(1000, (48,), generator=rng)
+            words = torch.where(torch.rand(48, 1, generator=rng) < 0.1, empty, ids[rows])
+            error = painter(noising.add_noise(x, noise, t), t, words) - noise
+            return (weights[t] * error.square().mean((1, 2, 3))).mean()
+
+        return loss_of
+
+    stable = SCHEDULE | {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    painter.load_state_dict(train("unet", work, painter, loss_with(stable, 1.0, 0), UNET_STEPS, 2e-3).state_dict())
+    noisy = train("unet_noisy", work, painter, loss_with(SCHEDULE, 30.0, 10**6), NOISY_STEPS, 1.5e-3)
+    torch.save(noisy.state_dict(), work / "unet.pt")
 
 
-SCHEDULE = {
+SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
     "clip_sample": False,
     "set_alpha_to_one": True,
-    "steps_offset": 1,
+    "steps_offset": 0,
+    "timestep_spacing": "trailing",
 }
 
 
@@ -382,7 +396,7 @@ def stage_export(work: Path, out: Path = WEIGHTS) -> None:
     config = out / "sd" / "text_encoder" / "config.json"
     # A plain load would keep the stored half precision of this part alone, and crash beside a float32 UNet.
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2))
-    for name in CLIPS:
+    for name in (n for n in CLIPS if (work / f"{n}.pt").exists()):
         shutil.rmtree(out / name, ignore_errors=True)
         shutil.copytree(work / name, out / name)
         weights = {k: v.half().contiguous() for k, v in torch.load(work / f"{name}.pt", weights_only=True).items()}

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffsteer.rewards import ClipScore
+from diffsteer.rewards import ClipScore, open_clip_model
 from diffsteer.rewards.open_clip_model import fit, load
 from diffsteer.types import Context, DiffsteerError
 
@@ -90,7 +90,11 @@ def test_each_prompt_is_encoded_once_and_alone(clip_folder: Path, images: Tensor
     for _ in range(3):
         reward.score(images, twice, CTX)
     assert seen == [1, 1]
-    reward.prepare(PROMPTS[1:3], CTX)  # the next run: one prompt stays, one is new, one is dropped
+    reward.prepare(PROMPTS[1:3], CTX)  # the next run: one prompt is new, none is dropped
+    reward.score(images[:1], PROMPTS[:1], CTX)
+    assert seen == [1, 1, 1]
+    monkeypatch.setattr(open_clip_model, "MANY_TEXTS", 2)
+    reward.prepare(PROMPTS[1:3], CTX)
     reward.score(images[:1], PROMPTS[:1], CTX)
     assert seen == [1, 1, 1, 1]
 
