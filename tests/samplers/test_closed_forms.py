@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 
@@ -47,27 +48,32 @@ def ratio(out: SteeredOutput, values: Tensor) -> tuple[float, float]:
     return float(estimate), float((z * (f - estimate)).square().sum().sqrt() / z.sum())
 
 
-def deviations(out: SteeredOutput, path: str = "vp", eta: float = 1.0) -> tuple[list[float], list[float]]:
+def deviations(out: SteeredOutput, path: str = "vp", eta: float = 1.0, scale: float = SCALE) -> tuple[list[float], list[float]]:
     """Deviations from the exact law, in standard errors, of mean, second moment and E[Z]; and their relative errors."""
     mean, variance = plain_law(path, eta)
-    tilted, x = mean + SCALE * variance, out.samples[..., 0].double()
+    tilted, x = mean + scale * variance, out.samples[..., 0].double()
     first, first_error = ratio(out, x)
     second, second_error = ratio(out, (x - tilted) ** 2)
-    z, exact_z = out.log_z.exp(), math.exp(SCALE * mean + SCALE**2 * variance / 2)
+    z, exact_z = out.log_z.exp(), math.exp(scale * mean + scale**2 * variance / 2)
     z_error = float(z.std() / len(z) ** 0.5)
     sds = [(first - tilted) / first_error, (second - variance) / second_error, (float(z.mean()) - exact_z) / z_error]
     return sds, [first_error / variance**0.5, second_error / variance, z_error / exact_z]
 
 
 def fixed(potential: str = "difference", **options: object) -> FeynmanKac:
-    return FeynmanKac(4, potential, scale=SCALE, target_ess=None, **options)  # type: ignore[arg-type]
+    return FeynmanKac(4, potential, scale=gentle(potential), target_ess=None, **options)  # type: ignore[arg-type]
+
+
+def gentle(potential: str) -> float:
+    """`sum` multiplies five rewards: a smaller lambda keeps its weights as even as the others'."""
+    return 0.3 if potential == "sum" else SCALE
 
 
 @pytest.mark.parametrize(
     ("potential", "resampling"), [("difference", "systematic"), ("max", "ssp"), ("sum", "residual"), ("immediate", "killing")]
 )
 def test_tilted_law_short(potential: str, resampling: str) -> None:
-    sds, _ = deviations(run(fixed(potential, resampling=resampling), 1500))
+    sds, _ = deviations(run(fixed(potential, resampling=resampling), 1500), scale=gentle(potential))
     assert max(map(abs, sds)) < 4, sds
 
 
@@ -75,10 +81,9 @@ def test_tilted_law_short(potential: str, resampling: str) -> None:
 @pytest.mark.parametrize("resampling", SCHEMES)
 @pytest.mark.parametrize("potential", POTENTIALS)
 def test_tilted_law(potential: str, resampling: str) -> None:
-    groups = 30_000 if potential == "sum" else 12_000
-    sds, errors = deviations(run(fixed(potential, resampling=resampling), groups))
+    sds, errors = deviations(run(fixed(potential, resampling=resampling), 16_000), scale=gentle(potential))
     assert max(map(abs, sds)) < 4, sds
-    assert errors[0] < 0.01, errors
+    assert max(errors) < 0.01, errors
 
 
 @pytest.mark.parametrize("path", ["edm", "flow"])
@@ -91,18 +96,44 @@ def test_other_paths(path: str, eta: float) -> None:
 @pytest.mark.parametrize("trigger", ["ess", "always"])
 def test_normaliser_is_unbiased(trigger: str) -> None:
     sds, errors = deviations(run(fixed(trigger=trigger, events="all"), 2000, seed=1))
-    assert abs(sds[2]) < 4 and errors[2] < 0.05, (sds, errors)
+    assert abs(sds[2]) < 4 and errors[2] < 0.01, (sds, errors)
 
 
-@pytest.mark.parametrize("potential", POTENTIALS)
-def test_mixture_agrees_with_importance_weights(potential: str) -> None:
-    """On a mixture the chain is not linear: many independent chains, weighted at the end, are the reference."""
-    reference = run(FeynmanKac(1, scale=0.0, target_ess=None), 20_000, TWO, seed=5).samples[:, 0, 0].double()
-    weights = (SCALE * reference).softmax(0)
+@functools.cache
+def reference_chains(chains: int) -> Tensor:
+    return run(FeynmanKac(1, scale=0.0, target_ess=None), chains, TWO, seed=5).samples[:, 0, 0].double()
+
+
+def mixture_deviation(potential: str, resampling: str, groups: int, chains: int) -> tuple[float, float]:
+    """On a mixture the chain is not linear: many independent chains, weighted at the end, are the reference.
+
+    Returns the deviation of the tilted mean in standard errors, and the standard error relative to the tilted spread.
+    """
+    scale, reference = gentle(potential), reference_chains(chains)
+    weights = (scale * reference).softmax(0)
     exact = float((weights * reference).sum())
+    spread = float((weights * (reference - exact) ** 2).sum() ** 0.5)
     exact_error = float((weights * (reference - exact)).square().sum().sqrt())
-    estimate, error = ratio(out := run(fixed(potential), 1500, TWO, seed=6), out.samples[..., 0].double())
-    assert abs(estimate - exact) < 4 * math.hypot(error, exact_error)
+    estimate, error = ratio(
+        out := run(fixed(potential, resampling=resampling), groups, TWO, seed=6), out.samples[..., 0].double()
+    )
+    both = math.hypot(error, exact_error)
+    return (estimate - exact) / both, both / spread
+
+
+@pytest.mark.parametrize(
+    ("potential", "resampling"), zip(POTENTIALS, ["ssp", "stratified", "systematic", "residual"], strict=True)
+)
+def test_mixture_agrees_with_importance_weights_short(potential: str, resampling: str) -> None:
+    assert abs(mixture_deviation(potential, resampling, 1000, 10_000)[0]) < 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resampling", SCHEMES)
+@pytest.mark.parametrize("potential", POTENTIALS)
+def test_mixture_agrees_with_importance_weights(potential: str, resampling: str) -> None:
+    deviation, error = mixture_deviation(potential, resampling, 12_000, 40_000)
+    assert abs(deviation) < 4 and error < 0.01, (deviation, error)
 
 
 def test_many_particles_need_no_averaging() -> None:
