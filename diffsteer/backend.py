@@ -152,13 +152,14 @@ class DiffusersSession(Session):
         self._watch = Watch(self.ledger, keep=True)
         self._outputs: list[Tensor] = []
         self.interrupted = self._stopped = False  # by a user's callback
+        self._device = pipe._execution_device  # asked once: it walks through all modules
         self._probe_grid()
         with torch.no_grad():
             self._embed(negative_prompt)
 
     def _probe_grid(self) -> None:
         """Walk into the grid once, to know its levels before any work is done."""
-        scheduler, device, config = self.shadow.scheduler, self.user._execution_device, self.user.unet.config
+        scheduler, device, config = self.shadow.scheduler, self._device, self.user.unet.config
         custom = {k: self.call[k] for k in ("timesteps", "sigmas") if self.call.get(k) is not None}
         self._grid_call = custom or {"num_inference_steps": self.steps}
         try:
@@ -186,7 +187,7 @@ class DiffusersSession(Session):
         known: dict[tuple[str, Any], tuple[Tensor, Tensor | None]] = {}
         for pair in zip(self.prompts, negatives, strict=True):
             if pair not in known:
-                known[pair] = pipe.encode_prompt(pair[0], pipe._execution_device, 1, guided, negative_prompt=pair[1], **options)
+                known[pair] = pipe.encode_prompt(pair[0], self._device, 1, guided, negative_prompt=pair[1], **options)
         found = [known[pair] for pair in zip(self.prompts, negatives, strict=True)]
         self.embeds = torch.cat([f[0] for f in found])
         self.negatives = torch.cat([f[1] for f in found if f[1] is not None]) if guided else None
@@ -204,7 +205,7 @@ class DiffusersSession(Session):
         return self._scale_noise(self.given if rows is None else self.given[list(rows)])
 
     def _scale_noise(self, noise: Tensor) -> Tensor:
-        return (noise * self._noise_scale).to(self.user._execution_device, self.embeds.dtype)
+        return (noise * self._noise_scale).to(self._device, self.embeds.dtype)
 
     def segment(self, x: Tensor, start: int, stop: int, rows: Sequence[int] | None = None) -> Arrival:
         """As in `Session`. Once a user's callback has interrupted the pipeline, later segments leave the states as they are.

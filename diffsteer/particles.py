@@ -56,7 +56,7 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
 
 
 def largest_exponent(
-    log_weights_at: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, target: float, iterations: int = 60
+    log_weights_at: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, target: float, iterations: int = 40
 ) -> Tensor:
     """For each group the largest lambda in [low, high] at which the ESS is still at least `target`, by bisection.
 
@@ -72,6 +72,8 @@ def largest_exponent(
 
     upper = high.maximum(low)
     reached = enough(upper)
+    if bool(reached.all()):
+        return upper
     inside, outside = low.clone(), upper.clone()
     for _ in range(iterations):
         middle = (inside + outside) / 2
