@@ -19,7 +19,7 @@ from diffsteer import rng
 from diffsteer.hooks import Watch, guidance_parts, watching
 from diffsteer.scheduler import install
 from diffsteer.session import Arrival, Session
-from diffsteer.shapes.models import is_embedded, recommended
+from diffsteer.shapes.models import MODELS, is_embedded, recommended
 from diffsteer.types import DiffsteerError, UnsupportedError
 
 SUPPORTED = ("StableDiffusionPipeline",)
@@ -45,9 +45,11 @@ def refuse_by_name(path: str, **options: Any) -> None:
     Raises:
         UnsupportedError: a pipeline class that no session was tried on.
     """
+    if path in MODELS:
+        return
     try:
         name = DiffusionPipeline.load_config(path, **options).get("_class_name")
-    except (OSError, ValueError):  # an embedded name, or nothing there: loading says so
+    except (OSError, ValueError):  # nothing there: loading says so
         return
     known = getattr(diffusers, str(name), None)
     if known is None or not {cls.__name__ for cls in known.__mro__} & set(SUPPORTED):

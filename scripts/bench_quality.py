@@ -25,6 +25,7 @@ from diffsteer import SteeredPipeline, load_pipeline
 from diffsteer.rewards import ClipScore
 from diffsteer.samplers import BestOfN, FeynmanKac
 from diffsteer.shapes import TASKS, UNSEEN_PAIRS, caption, check, parse, sample_scene
+from diffsteer.shapes.models import WEIGHTS
 
 CASES_A_TASK, EMPTY_CASES, BATCH = 200, 288, 24
 Case = dict[str, Any]
@@ -210,9 +211,10 @@ def tables(work: Path) -> None:
         )
 
 
-def tune(work: Path, count: int = 40) -> None:
-    """Accuracy of the plain chain on development captions, by guidance scale and number of steps."""
+def tune(count: int = 40) -> None:
+    """Accuracy of the plain chain on development captions, by guidance and steps; the best become the model's defaults."""
     pipe, cases = load_pipeline("shapes"), held_out(count, 6)
+    found: dict[tuple[int, float], float] = {}
     texts = [c["caption"] for c in cases]
     for steps, scales in ((20, (1.5, 2.0, 3.0, 4.0, 6.0)), (30, (2.0, 3.0, 4.0))):
         for scale in scales:
@@ -220,13 +222,14 @@ def tune(work: Path, count: int = 40) -> None:
             out = steered(texts, num_inference_steps=steps, guidance_scale=scale, seed=0)
             right = np.array([judge(s[0].float(), t) for s, t in zip(out.samples, texts, strict=True)], dtype=float)
             mean, low, high = interval(right, texts)
+            found[steps, scale] = mean
             print(f"{steps} steps, guidance {scale}: {mean:.3f} ({low:.3f}, {high:.3f})", flush=True)
+    steps, scale = max(found, key=lambda key: found[key])
+    (WEIGHTS / "defaults.json").write_text(json.dumps({"num_inference_steps": steps, "guidance_scale": scale}) + "\n")
 
 
 def second_reward() -> Any:
     """The second miniature CLIP, where there is one: it never steers."""
-    from diffsteer.shapes.models import WEIGHTS
-
     folder = WEIGHTS / "clip2"
     return ClipScore(model_name=f"local-dir:{folder}") if folder.exists() else None
 
@@ -246,7 +249,7 @@ if __name__ == "__main__":
     parser.add_argument("--compile", action="store_true", help="torch.compile the denoiser: faster, equal to rounding")
     arguments = parser.parse_args()
     if arguments.stage == "tune":
-        tune(arguments.work)
+        tune()
     if arguments.stage in ("run", "all"):
         i, n = (int(v) for v in arguments.shard.split("/"))
         run(arguments.work, arguments.methods.split(","), (i, n), arguments.count, not arguments.no_empty, arguments.compile)
