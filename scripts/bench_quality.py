@@ -66,7 +66,7 @@ METHODS: dict[str, Any] = {
 MAIN = ("bon8", "native", "fk4", "fk8")
 
 
-def run(work: Path, methods: list[str], shard: tuple[int, int], count: int, empty: bool, compile: bool) -> None:
+def run(work: Path, methods: list[str], shard: tuple[int, int], count: int, empty: int, compile: bool) -> None:
     """Append one line a case and method to DIR/quality.I.jsonl; what stands in any of them is not done again."""
     work.mkdir(parents=True, exist_ok=True)
     records = [json.loads(line) for f in work.glob("quality.*.jsonl") for line in f.read_text().splitlines()]
@@ -77,7 +77,7 @@ def run(work: Path, methods: list[str], shard: tuple[int, int], count: int, empt
     reward, second = ClipScore(), second_reward()
     jobs = [(m, c, False) for m in methods for c in chunks(held_out(count), BATCH)]
     if empty:
-        cases = held_out(EMPTY_CASES, 8, ("single_object",))
+        cases = held_out(empty, 8, ("single_object",))
         jobs += [(m, c, True) for m in methods if m in ("bon8", "fk4", "fk8") for c in chunks(cases, BATCH)]
     with (work / f"quality.{shard[0]}.jsonl").open("a") as sink:
         for method, cases, blank in jobs[shard[0] :: shard[1]]:
@@ -245,13 +245,13 @@ if __name__ == "__main__":
     parser.add_argument("--methods", default=",".join(MAIN), help=f"of {', '.join(METHODS)}")
     parser.add_argument("--shard", default="0/1", help="i/n: take every n-th batch")
     parser.add_argument("--count", type=int, default=CASES_A_TASK, help="cases a task")
-    parser.add_argument("--no-empty", action="store_true", help="leave out the empty-caption runs")
+    parser.add_argument("--empty", type=int, default=EMPTY_CASES, help="cases with the empty caption")
     parser.add_argument("--compile", action="store_true", help="torch.compile the denoiser: faster, equal to rounding")
     arguments = parser.parse_args()
     if arguments.stage == "tune":
         tune()
     if arguments.stage in ("run", "all"):
         i, n = (int(v) for v in arguments.shard.split("/"))
-        run(arguments.work, arguments.methods.split(","), (i, n), arguments.count, not arguments.no_empty, arguments.compile)
+        run(arguments.work, arguments.methods.split(","), (i, n), arguments.count, arguments.empty, arguments.compile)
     if arguments.stage in ("table", "all"):
         tables(arguments.work)
