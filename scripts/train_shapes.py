@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from shapes_networks import CLIPS, SCHEDULE, Painter, make_clip, make_vae
 from torch import Tensor, nn
 
 from diffsteer.shapes.grammar import TASKS, one_attribute_changed, parse
@@ -40,9 +41,6 @@ VAE_STEPS, SHARP_STEPS, DECODER_STEPS = 3_000, 4_500, 3_000
 UNET_STEPS, NOISY_STEPS, CLIP_STEPS = 7_000, 4_000, 5_000
 
 
-# ---------------------------------------------------------------------------------------------------- the networks
-
-
 @functools.cache
 def load_tokenizer(folder: Path):  # type: ignore[no-untyped-def]
     from transformers import CLIPTokenizer
@@ -53,87 +51,6 @@ def load_tokenizer(folder: Path):  # type: ignore[no-untyped-def]
 def tokenize(folder: Path, captions: list[str]) -> Tensor:
     batch = load_tokenizer(folder)(captions, padding="max_length", max_length=CONTEXT, truncation=True, return_tensors="pt")
     return batch.input_ids
-
-
-def make_vae() -> nn.Module:
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 64),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=64,
-        scaling_factor=1.0,
-        shift_factor=0.0,
-    )
-
-
-class Painter(nn.Module):
-    """Text encoder and UNet, trained as one: predicts the noise from noisy latents, timesteps and token ids."""
-
-    def __init__(self, vocab: int) -> None:
-        from diffusers import UNet2DConditionModel
-        from transformers import CLIPTextConfig, CLIPTextModel
-
-        super().__init__()
-        self.text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=vocab,
-                hidden_size=96,
-                intermediate_size=384,
-                projection_dim=96,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=CONTEXT,
-                pad_token_id=0,
-                bos_token_id=vocab - 2,
-                eos_token_id=vocab - 1,
-            )
-        )
-        self.unet = UNet2DConditionModel(
-            sample_size=16,
-            in_channels=4,
-            out_channels=4,
-            block_out_channels=(32, 64),
-            layers_per_block=1,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=96,
-            attention_head_dim=4,
-            norm_num_groups=8,
-        )
-
-    def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        words = self.text_encoder(ids).last_hidden_state
-        return self.unet(x, t, encoder_hidden_states=words).sample
-
-
-# Two of them, of other sizes, seeds and data: one steers, the other may judge or make the final choice.
-CLIPS: dict[str, dict[str, Any]] = {
-    "clip": {"vision": {"layers": 4, "width": 128}, "text": {"width": 96, "heads": 4, "layers": 3}, "stream": 3},
-    "clip2": {"vision": {"layers": 3, "width": 96}, "text": {"width": 64, "heads": 2, "layers": 2}, "stream": 12},
-}
-
-
-def make_clip(folder: Path, name: str) -> nn.Module:
-    """An open_clip model of our own; `hf_tokenizer_name` only has to be non-empty, the files beside it are read."""
-    import open_clip
-
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(folder)
-    text = {"context_length": CONTEXT, "vocab_size": len(tokenizer), "hf_tokenizer_name": "shapes"}
-    config = {
-        "embed_dim": 96,
-        "vision_cfg": {"image_size": 64, "head_width": 32, "patch_size": 8, **CLIPS[name]["vision"]},
-        "text_cfg": {**text, "tokenizer_kwargs": {"clean": "lower"}, **CLIPS[name]["text"]},
-    }
-    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2))
-    return open_clip.create_model(f"local-dir:{folder}", load_weights=False)
 
 
 # ----------------------------------------------------------------------------------------------------- the training
@@ -298,18 +215,6 @@ def stage_unet(work: Path) -> None:
     painter.load_state_dict(train("unet", work, painter, loss_with(stable, 1.0, 0), UNET_STEPS, 2e-3).state_dict())
     noisy = train("unet_noisy", work, painter, loss_with(SCHEDULE, 30.0, 10**6), NOISY_STEPS, 1.5e-3)
     torch.save(noisy.state_dict(), work / "unet.pt")
-
-
-SCHEDULE: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "clip_sample": False,
-    "set_alpha_to_one": True,
-    "steps_offset": 0,
-    "timestep_spacing": "trailing",
-}
 
 
 def degrade(x: Tensor, rng: np.random.Generator) -> Tensor:
