@@ -81,7 +81,7 @@ def test_tilted_law_short(potential: str, resampling: str) -> None:
 @pytest.mark.parametrize("resampling", SCHEMES)
 @pytest.mark.parametrize("potential", POTENTIALS)
 def test_tilted_law(potential: str, resampling: str) -> None:
-    sds, errors = deviations(run(fixed(potential, resampling=resampling), 16_000), scale=gentle(potential))
+    sds, errors = deviations(run(fixed(potential, resampling=resampling), 18_000), scale=gentle(potential))
     assert max(map(abs, sds)) < 4, sds
     assert max(errors) < 0.01, errors
 
