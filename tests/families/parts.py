@@ -43,7 +43,7 @@ def amplified(model: Any, factor: float) -> Any:
 
 
 def bpe(space: str, first: Iterable[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """A vocabulary, and merges that grow every word of the shapes world letter by letter, with and without `space` before it."""
+    """A vocabulary, and merges that grow each word of the shapes world letter by letter, with and without `space` before it."""
     words = [space + word for word in WORDS] + list(WORDS)
     merges = list(dict.fromkeys((word[:i], word[i]) for word in words for i in range(1, len(word))))
     tokens = dict.fromkeys([*first, space, *ALPHABET, *(a + b for a, b in merges)])

@@ -722,15 +722,15 @@ def stable_audio() -> Any:
         num_attention_heads=2,
         num_key_value_attention_heads=2,
         out_channels=6,
-        cross_attention_dim=12,
+        cross_attention_dim=16,
         time_proj_dim=8,
         global_states_input_dim=2 * 12,
         cross_attention_input_dim=12,
     )
     return StableAudioPipeline(
         vae=vae,
-        text_encoder=parts.t5_encoder(tokenizer),
-        projection_model=StableAudioProjectionModel(text_encoder_dim=16, conditioning_dim=12, min_value=0, max_value=32),
+        text_encoder=parts.t5_encoder(tokenizer, width=12),
+        projection_model=StableAudioProjectionModel(text_encoder_dim=12, conditioning_dim=12, min_value=0, max_value=32),
         tokenizer=tokenizer,
         transformer=transformer,
         scheduler=EDMDPMSolverMultistepScheduler(sigma_min=0.3, sigma_max=500.0, sigma_data=1.0, solver_order=2),
@@ -829,8 +829,7 @@ TOYS: dict[str, Toy] = {
         each={"image": picture(16, 24)},
     ),
     "StableDiffusionInpaintPipeline": Toy(
-        stable_diffusion_inpaint,
-        {**IMAGE, "image": picture(16, 24)[None], "mask_image": (picture(16, 24)[:1] > 0.5).float()[None]},
+        stable_diffusion_inpaint, IMAGE, each={"image": picture(16, 24), "mask_image": (picture(16, 24)[:1] > 0.5).float()}
     ),
     "StableDiffusionXLImg2ImgPipeline": Toy(stable_diffusion_xl_img2img, SIZED_BY_IMAGE, each={"image": picture(16, 24)}),
     "StableDiffusionImg2ImgPipeline": Toy(stable_diffusion_img2img, SIZED_BY_IMAGE, each={"image": picture(16, 24)}),
