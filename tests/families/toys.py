@@ -768,7 +768,7 @@ def audioldm2() -> Any:
 IMAGE: dict[str, Any] = {"height": 16, "width": 24, "num_inference_steps": 5, "guidance_scale": 3.0}
 VIDEO: dict[str, Any] = {"height": 16, "width": 32, "num_frames": 5, "num_inference_steps": 5, "guidance_scale": 3.0}
 SHORT = {"max_sequence_length": 13}
-CFG_ALONE = {"stg_scale": 0.0, "audio_stg_scale": 0.0, "modality_scale": 1.0, "audio_modality_scale": 1.0}
+ONE_PASS = {"stg_scale": 0.0, "audio_stg_scale": 0.0, "modality_scale": 1.0, "audio_modality_scale": 1.0}
 SIZED_BY_IMAGE: dict[str, Any] = {"num_inference_steps": 5, "guidance_scale": 3.0, "strength": 0.8}
 
 TOYS: dict[str, Toy] = {
@@ -798,7 +798,7 @@ TOYS: dict[str, Toy] = {
     "LTXPipeline": Toy(ltx, {**VIDEO, **SHORT, "height": 32, "width": 64}, output="frames"),
     "LTX2Pipeline": Toy(
         ltx2,
-        {**VIDEO, "height": 32, "width": 64, "max_sequence_length": 14, **CFG_ALONE},
+        {**VIDEO, "height": 32, "width": 64, "max_sequence_length": 14, **ONE_PASS},
         output="frames",
     ),
     "HunyuanVideoPipeline": Toy(
