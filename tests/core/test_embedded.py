@@ -15,7 +15,8 @@ from diffsteer.cli import main
 from diffsteer.rewards import ClipScore, Compressibility
 from diffsteer.samplers import BestOfN, FeynmanKac
 from diffsteer.shapes import TASKS, caption, check, one_attribute_changed, render, sample_scene
-from diffsteer.shapes.models import CLIP, MODELS, WEIGHTS, recommended
+from diffsteer.shapes.models import CLIP, MODELS, WEIGHTS, is_embedded, recommended
+from diffsteer.shapes.tokenizer import CONTEXT, make_tokenizer, unknown_words
 from diffsteer.types import Context
 
 EMBEDDED = Context(embedded=True)
@@ -111,6 +112,26 @@ def test_words_outside_the_list_are_refused(shapes: Any, capsys: pytest.CaptureF
     assert main(["generate", "prompt=a red dog", f"out={tmp_path / 'o'}"]) == 2
     said = capsys.readouterr().err.strip()
     assert "'dog'" in said and "\n" not in said and not (tmp_path / "o" / "manifest.jsonl").exists()
+
+
+def test_every_prompt_that_is_accepted_is_read_to_its_end() -> None:
+    """A comma, say, has no token: the tokenizer would end the text there, and CLIP would not see the rest."""
+    tokenizer, end = make_tokenizer(), None
+    for text in [caption(sample_scene(task, np.random.default_rng((26, i)))) for i, task in enumerate(TASKS * 20)]:
+        ids = tokenizer(text).input_ids
+        end = ids[-1]
+        assert unknown_words(text) == [] and ids.count(end) == 1 and len(ids) == len(text.split()) + 2 <= CONTEXT
+    assert tokenizer("a star, a ring").input_ids.count(end) == 2
+    for text, said in (("a red star, a ring", "'star,'"), ("a star.", "'star.'"), ("a red star " * 5, "14 words at most")):
+        with pytest.raises(DiffsteerError, match=said):
+            ClipScore().prepare([text], EMBEDDED)
+
+
+def test_they_are_known_by_content(shapes: Any, toy_pipeline: Any, tmp_path: Path) -> None:
+    assert is_embedded(shapes) and not is_embedded(toy_pipeline) and not is_embedded(object())
+    assert is_embedded(StableDiffusionPipeline(**shapes.components, requires_safety_checker=False))
+    shapes.save_pretrained(tmp_path / "copy")
+    assert is_embedded(load_pipeline(tmp_path / "copy")) and is_embedded(load_pipeline(tmp_path / "copy").to(torch.float16))
 
 
 def test_drop_in_uses_the_embedded_clip(shapes: Any) -> None:
