@@ -58,6 +58,43 @@ def test_the_autoencoder_keeps_what_the_checker_reads(shapes: Any) -> None:
     assert np.mean(right) >= 0.96
 
 
+@pytest.mark.slow
+def test_the_autoencoder_keeps_what_the_checker_reads_in_full(shapes: Any) -> None:
+    scenes, x = renders(3000, 27)
+    rng, errors = np.random.default_rng(0), 0
+    for start in range(0, len(scenes), 100):
+        with torch.no_grad():
+            y = shapes.vae.decode(shapes.vae.encode(x[start : start + 100] * 2 - 1).latent_dist.mode()).sample
+        for image, scene in zip((y / 2 + 0.5).clamp(0, 1), scenes[start : start + 100], strict=True):
+            changed = one_attribute_changed(scene.statement)
+            errors += not check(image, caption(scene)).correct
+            errors += check(image, str(changed[rng.integers(len(changed))])).correct
+    assert errors <= 0.02 * 3000
+
+
+@pytest.mark.slow
+def test_clip_prefers_the_right_caption_in_full() -> None:
+    scenes, x = renders(3000, 28)
+    rng, wins = np.random.default_rng(0), 0
+    wrong = [str(c[rng.integers(len(c))]) for c in (one_attribute_changed(s.statement) for s in scenes)]
+    right, reward = [caption(s) for s in scenes], ClipScore()
+    for i in range(0, 3000, 100):
+        part = slice(i, i + 100)
+        wins += int((reward.score(x[part], right[part], EMBEDDED) > reward.score(x[part], wrong[part], EMBEDDED)).sum())
+    assert wins >= 0.90 * 3000
+
+
+@pytest.mark.slow
+def test_what_steering_costs_outside_the_denoiser(shapes: Any) -> None:
+    """At most 5 % of the time with 16 rows and 20 steps, the best of three."""
+    pipe = SteeredPipeline(
+        shapes, FeynmanKac(4, trigger="always"), lambda samples, prompts: torch.zeros(len(samples)), decoder="none"
+    )
+    texts = ["a red circle", "two stars", "a ring above a cross", "a blue square"]
+    seconds = [pipe(texts, num_inference_steps=20, seed=0).ledger.seconds for _ in range(4)][1:]
+    assert min(1 - s["denoiser"] / s["total"] for s in seconds) <= 0.05
+
+
 def test_latents_have_unit_scale(shapes: Any) -> None:
     _, x = renders(120, 22)
     with torch.no_grad():
