@@ -18,6 +18,7 @@ from torch import Tensor
 from diffsteer import rng
 from diffsteer.hooks import Watch, guidance_parts, watching
 from diffsteer.scheduler import install
+from diffsteer.selection import Selection
 from diffsteer.session import Arrival, Session
 from diffsteer.shapes.models import MODELS, is_embedded, recommended
 from diffsteer.types import DiffsteerError, UnsupportedError
@@ -227,6 +228,21 @@ class DiffusersSession(Session):
         self.interrupted = self._stopped
         return arrival
 
+    def walk(self, select: Selection) -> Tensor:
+        """As in `Session`; with a user's callback and one block of rows it is one call, selection happening inside `step`,
+        so that whatever the callback changes lasts."""
+        whole = self.chunk is None or (self.chunk >= self.rows and not self.deterministic)
+        if self.call.get("callback_on_step_end") is None or not whole:
+            return super().walk(select)
+        self._control.select = select
+        try:
+            x = self.segment(self.noise(), 0, self.steps).x
+        finally:
+            self._control.select = None
+        for event in select.events[len(select.infos) :]:  # the callback stopped the run before
+            x = select(event, x, x)
+        return x
+
     def _segment(self, x: Tensor, start: int, stop: int, rows: Sequence[int]) -> Arrival:
         prompts = [r // self.particles for r in rows]
         call = {**self.call, **self._grid_call, "prompt_embeds": self.embeds[prompts], "latents": x, "output_type": "latent"}
@@ -234,12 +250,33 @@ class DiffusersSession(Session):
             call["negative_prompt_embeds"] = self.negatives[prompts]
         # our transition draws by key; a user's own stochastic step draws from these, a stream for each row
         call["generator"] = [rng.generator(self.seed, *self.key(r), start, "native") for r in rows]
+        if call.get("callback_on_step_end") is not None and (start, stop) != (0, self.steps):
+            call |= _only_latents(call["callback_on_step_end"])
         control = self._control
         control.start, control.stop, control.rows, control.x0 = start, stop, rows, x
         with watching(self._watch, *self._denoisers):
             out = self.shadow(**call).images
         self._stopped |= bool(self.shadow._interrupt)
         return Arrival(out, control.x0)
+
+
+def _only_latents(callback: Any) -> dict[str, Any]:
+    """A user's callback for a segment: the next segment would not know what it changes beside the latents."""
+
+    def watched(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> Any:
+        before, scale = dict(tensors), pipe._guidance_scale
+        returned = callback(pipe, index, timestep, tensors)
+        changed = [name for name, v in (returned or {}).items() if name != "latents" and v is not before.get(name)]
+        changed += ["guidance_scale"] if pipe._guidance_scale != scale else []
+        if changed:
+            raise UnsupportedError(
+                f"callback_on_step_end changes {changed[0]}, which does not last in a run in blocks of rows: "
+                "leave chunk and deterministic out"
+            )
+        return returned
+
+    own = getattr(callback, "tensor_inputs", None)  # of diffusers' own callback classes
+    return {"callback_on_step_end": watched} | ({} if own is None else {"callback_on_step_end_tensor_inputs": own})
 
 
 def grid_length(pipe: Any, steps: int, eta: float | None) -> int:
@@ -261,6 +298,7 @@ class _SegmentControl:
         self.start, self.stop = 0, session.steps
         self.rows: Sequence[int] = []
         self.x0: Tensor = torch.empty(0)
+        self.select: Selection | None = None
 
     @property
     def eta(self) -> float | None:
@@ -275,4 +313,6 @@ class _SegmentControl:
     def arrived(self, index: int, total: int, x: Tensor, x0: Tensor, generator: Any) -> Tensor:
         self.x0 = x0
         self.session._outputs = self.session._watch.take()
+        if self.select is not None and index + 1 in self.select.events:
+            x = self.select(index + 1, x, x0)
         return x

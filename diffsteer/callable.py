@@ -26,6 +26,7 @@ class CallableModel:
         alphas_cumprod: (1000,) or so, decreasing; for "vp" only, where it is needed.
         sigmas: the largest and the smallest sigma of the "edm" grid (Karras et al., 2022, arXiv 2206.00364, eq. 5, rho = 7).
         decode: latents (N, *shape) -> samples for the reward; without it the reward sees what the model denoises.
+        device, dtype: of the states that fn is given.
 
     Raises:
         DiffsteerError: an unknown prediction or path, or `alphas_cumprod` missing.
@@ -37,9 +38,11 @@ class CallableModel:
         prediction: str,
         path: str,
         shape: Sequence[int],
-        alphas_cumprod: Tensor | None = None,
+        alphas_cumprod: Tensor | Sequence[float] | None = None,
         sigmas: tuple[float, float] = (80.0, 0.002),
         decode: Callable[[Tensor], Tensor] | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         if prediction not in PREDICTIONS:
             raise DiffsteerError(f"prediction={prediction!r} is unknown; valid: {', '.join(PREDICTIONS)}")
@@ -53,11 +56,11 @@ class CallableModel:
             raise DiffsteerError(
                 'prediction="eps" says nothing of x0 at t = 1 of a flow, where x is all noise; use "velocity" or "x0"'
             )
-        if alphas_cumprod is not None and not 0 < float(alphas_cumprod.min()) <= float(alphas_cumprod.max()) <= 1:
+        bars = None if alphas_cumprod is None else torch.as_tensor(alphas_cumprod, dtype=torch.float64)
+        if bars is not None and not 0 < float(bars.min()) <= float(bars.max()) <= 1:
             raise DiffsteerError("alphas_cumprod must lie in (0, 1]")
         self.fn, self.prediction, self.path, self.shape = fn, prediction, path, tuple(shape)
-        self.alphas_cumprod = None if alphas_cumprod is None else alphas_cumprod.double()
-        self.sigmas, self.decode = sigmas, decode
+        self.alphas_cumprod, self.sigmas, self.decode, self.device, self.dtype = bars, sigmas, decode, device, dtype
 
     def grid(self, steps: int) -> tuple[list[float], list[Level]]:
         """The times at which fn is called (T of them) and the levels (T + 1), the last one clean."""
@@ -90,14 +93,14 @@ class CallableSession(Session):
         self.times, self.levels = model.grid(num_inference_steps)
 
     def _scale_noise(self, noise: Tensor) -> Tensor:
-        return noise * self.levels[0].sigma.to(noise.dtype)
+        return (noise * self.levels[0].sigma.to(noise.dtype)).to(self.model.device, self.model.dtype)
 
     def _segment(self, x: Tensor, start: int, stop: int, rows: Sequence[int]) -> Arrival:
         conditions = [self.prompts[r // self.particles] for r in rows]
         x0 = x
         for k in range(start, stop):
             at, to = self.levels[k], self.levels[k + 1]
-            t = torch.full((len(x),), self.times[k], dtype=x.dtype)
+            t = torch.full((len(x),), self.times[k], dtype=x.dtype, device=x.device)
             with self.ledger.timed("denoiser"):
                 output = self.model.fn(x, t, conditions)
             self.ledger.forwards += 1

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
-from hydra.errors import MissingConfigException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -136,13 +137,33 @@ def for_hydra(argv: list[str]) -> list[str]:
         key, equals, value = arg.partition("=")
         if equals and key.lstrip("+") in VERBATIM:
             rewritten.append(f"{key}={quoted(value)}")
+        elif equals and key in ("model", "sampler", "reward") and value in ("", "null"):
+            raise DiffsteerError(f"{key}={value} is no option{nearest(value, _options(key))}")
         elif equals and key == "model" and _is_path(value, argv):
             rewritten += ["model=path", f"model.path={quoted(value)}"]
-        elif equals and key == "prompts" and Path(value).is_file():
+        elif equals and (key == "prompts" and _names_a_file(value) or not _parses(arg)):
             rewritten.append(f"{key}={quoted(value)}")  # a file's name may hold what Hydra's grammar reads otherwise
         else:
             rewritten.append(arg)
     return rewritten
+
+
+def _parses(arg: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(arg)
+    except HydraException:
+        return False
+    return True
+
+
+def _names_a_file(value: str) -> bool:
+    """One file, there or not; no sweep over several, no text quoted for Hydra, no interpolation."""
+    return Path(value).is_file() or not (set(value) & set(",'\"") or "${" in value)
+
+
+def _options(group: str) -> list[str]:
+    shipped = [f.stem for f in (Path(__file__).parent / "configs" / group).glob("*.yaml")]
+    return sorted({*shipped, *(registered(group) if group in KINDS else ())})
 
 
 def quoted(text: str) -> str:

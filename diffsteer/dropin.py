@@ -18,7 +18,7 @@ from diffsteer.ledger import Ledger
 from diffsteer.particles import reindex
 from diffsteer.reward import Reward, RewardFunction, as_reward
 from diffsteer.scheduler import install
-from diffsteer.selection import Scorer, Selection, choose
+from diffsteer.selection import Scorer, Selection, check_inputs, choose
 from diffsteer.types import Context, DiffsteerError, Problem, Sampler, Trace
 
 
@@ -83,6 +83,7 @@ class Steering:
         seen = "latents" if self.decode is None else "pixels"
         self.reward = None if reward is None else as_reward(reward, seen)
         self.choice = None if choice is None else as_reward(choice, seen)
+        check_inputs(self.decode is not None, self.reward, self.choice)
         self.chunk = chunk
         self.selection: Selection | None = None
 
@@ -123,7 +124,7 @@ class Steering:
                 f"call it with the same prompts and num_images_per_prompt={self.sampler.particles}"
             )
         assert self.seed is not None
-        self.ledger = Ledger()
+        self.ledger = Ledger().open()
         for reward in (self.reward, self.choice):
             if reward is not None:
                 reward.prepare(self.prompts, Context(0, total, self.embedded))

@@ -17,7 +17,7 @@ from diffsteer.config import Config, build, settings
 from diffsteer.pipeline import SteeredPipeline, load_pipeline
 from diffsteer.registry import find, nearest
 from diffsteer.run import OUTPUTS
-from diffsteer.shapes.models import MODELS, is_embedded
+from diffsteer.shapes.models import MODELS, digest, is_embedded
 from diffsteer.sheet import sheet
 from diffsteer.types import Context, DiffsteerError, Info, Sampler
 
@@ -48,7 +48,8 @@ def generate_folder(config: DictConfig, out: Path, shown: str) -> None:
     sampler = build("sampler", config.sampler)
     reward = None if OmegaConf.is_missing(config, "reward") else build("reward", config.reward)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    folder = Folder(out, items, settings(config, device=device.partition(":")[0])[1])
+    own = {"weights": digest()} if config.model.path in MODELS else {}
+    folder = Folder(out, items, settings(config, device=device.partition(":")[0], **own)[1])
     runs = {"steered" if sampler else PLAIN: (folder, sampler)}
     if demo and sampler is not None:
         baseline = find("sampler", "best_of_n")(particles=1, eta=sampler.eta)
@@ -81,12 +82,14 @@ def _check(config: DictConfig) -> bool:
         raise DiffsteerError(f"seed={config.seed}; it lies in [0, 2^63)")
     if config.device is not None:
         try:
-            torch.empty(0, device=config.device)
+            torch.zeros(1, device=config.device).cpu()  # "meta" makes tensors that hold nothing
         except RuntimeError as error:
             raise DiffsteerError(f"device={config.device}: {str(error).splitlines()[0]}") from error
     for key in ("batch", "chunk", "num_inference_steps"):
         if config[key] is not None and config[key] < 1:
             raise DiffsteerError(f"{key}={config[key]}; at least 1 is needed")
+    if config.guidance_scale is not None and not math.isfinite(config.guidance_scale):
+        raise DiffsteerError(f"guidance_scale={config.guidance_scale}; it must be finite")
     if config.prompt is not None and config.prompts is not None:
         raise DiffsteerError("give prompt= or prompts=, not both")
     demo = config.prompt is None and config.prompts is None

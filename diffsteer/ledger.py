@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -21,7 +22,8 @@ class Ledger:
         forwards: calls of the denoiser.
         decodes: latents decoded. reward_calls: samples scored.
         seconds: wall time by stage: denoiser, decode, reward, select, and total.
-        peak_memory: bytes; of the accelerator where there is one, else of the process.
+        peak_memory: bytes, the most at any time of the run: allocated on the accelerator where there is one, else held by the
+            whole process (on systems other than Linux since it began).
     """
 
     evaluations: int = 0
@@ -45,12 +47,20 @@ class Ledger:
                 torch.cuda.synchronize()
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
+    def open(self) -> Ledger:
+        """A run begins: the peak memory is measured from here."""
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        with suppress(OSError):  # Linux: the high-water mark begins anew
+            Path("/proc/self/clear_refs").write_text("5")
+        return self
+
     def close(self) -> None:
         """Note the peak memory."""
         if torch.cuda.is_available():
             self.peak_memory = torch.cuda.max_memory_allocated()
         else:
-            self.peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            self.peak_memory = _high_water()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -62,6 +72,19 @@ class Ledger:
         return asdict(self)
 
     def __str__(self) -> str:
-        spent = ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in self.counts.items() if v or k != "padding")
+        # a drop-in scheduler never sees the denoiser
+        unseen = () if self.forwards else ("evaluations", "forwards")
+        said = [f"{v} {k.replace('_', ' ')}" for k, v in self.counts.items() if k not in unseen and (v or k != "padding")]
+        spent = ", ".join((["denoiser not counted"] if unseen else []) + said)
         seconds = ", ".join(f"{k} {v:.2f} s" for k, v in self.seconds.items())
         return spent + (f" ({seconds})" if seconds else "")
+
+
+def _high_water() -> int:
+    """The most memory of this process, in bytes."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        now = psutil.Process().memory_info()
+        return int(getattr(now, "peak_wset", now.rss))

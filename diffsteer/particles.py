@@ -58,7 +58,10 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
 def largest_exponent(
     log_weights_at: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, target: float, iterations: int = 40
 ) -> Tensor:
-    """For each group the largest lambda in [low, high] at which the ESS is still at least `target`, by bisection.
+    """For each group the largest lambda in [low, high] at which the ESS is still at least `target`.
+
+    With weights carried from before, the ESS may fall and rise again as lambda grows: a grid of some 550 values, even ones and
+    geometric ones, brackets the last crossing, which is then bisected. A rise between two neighbours of the grid is missed.
 
     Args:
         log_weights_at: from exponents (P,) to log-weights (P, K).
@@ -74,7 +77,11 @@ def largest_exponent(
     reached = enough(upper)
     if bool(reached.all()):
         return upper
-    inside, outside = low.clone(), upper.clone()
+    shares = torch.cat([torch.linspace(0, 1, 513), torch.logspace(-8, 0, 33)]).double().sort().values
+    grid = low + (upper - low) * shares[:, None]
+    good = torch.vmap(enough)(grid)
+    last = (good * torch.arange(len(grid))[:, None]).max(0).values  # 0 where none is good: there lambda stays at `low`
+    inside, outside = grid.gather(0, last[None])[0], grid.gather(0, (last + 1).clamp(max=len(grid) - 1)[None])[0]
     for _ in range(iterations):
         middle = (inside + outside) / 2
         good = enough(middle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,7 +18,7 @@ from diffsteer.callable import CallableModel, CallableSession
 from diffsteer.ledger import Ledger
 from diffsteer.reward import Reward, RewardFunction, as_reward
 from diffsteer.run import OUTPUTS, SteeredOutput, estimate, run
-from diffsteer.selection import Scorer
+from diffsteer.selection import Scorer, check_inputs
 from diffsteer.shapes.models import MODELS
 from diffsteer.types import Context, DiffsteerError, Info, Sampler, Trace, UnsupportedError
 
@@ -179,7 +180,8 @@ class SteeredPipeline:
         """What a call with so many prompts will count.
 
         Args:
-            rehearse: a prompt to run two steps with, which tells seconds and memory as well; without it they stay empty.
+            rehearse: a prompt to run two steps with, as often as fits a block of rows, which tells seconds and memory as well;
+                without it they stay empty.
         """
         guided, steps = False, num_inference_steps or 50
         if not isinstance(self.pipe, CallableModel):
@@ -205,7 +207,9 @@ class SteeredPipeline:
         )
         if rehearse is not None:
             options: dict[str, Any] = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
-            tried = self([rehearse], num_inference_steps=2, seed=0, **options).ledger
+            particles = self.sampler.particles if self.sampler else 1
+            together = prompts if self.chunk is None else min(prompts, math.ceil(self.chunk / particles))
+            tried = self([rehearse] * together, num_inference_steps=2, seed=0, **options).ledger
             for stage, count in (("denoiser", "evaluations"), ("decode", "decodes"), ("reward", "reward_calls")):
                 if tried.counts[count]:
                     said.seconds[stage] = tried.seconds[stage] / tried.counts[count] * said.counts[count]
@@ -231,8 +235,9 @@ class SteeredPipeline:
 
         check_pipeline(self.pipe)
         check_call(self.pipe, call)
-        ledger, started = Ledger(), time.perf_counter()
+        ledger, started = Ledger().open(), time.perf_counter()
         embedded = is_embedded(self.pipe)
+        check_inputs(self.decoder == "full", self.reward, self.choice)
         for reward in (self.reward, self.choice):
             if reward is not None:
                 reward.prepare(asked, Context(embedded=embedded))

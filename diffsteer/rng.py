@@ -36,9 +36,9 @@ def seed_of(generator: torch.Generator | Sequence[torch.Generator] | None) -> in
 def normal(seed: int, rows: Sequence[tuple[Id, int]], step: int, purpose: str, shape: Sequence[int]) -> Tensor:
     """Standard normal noise of shape (N, *shape) in float32, one key (prompt id, slot) a row."""
     noise = np.empty((len(rows), *shape), dtype=np.float32)
-    for row, (id, slot) in zip(noise, rows, strict=True):
+    for i, (id, slot) in enumerate(rows):
         stream = np.random.Generator(np.random.Philox(key=_hash(seed, id, slot, step, purpose)))
-        stream.standard_normal(out=row, dtype=np.float32)
+        noise[i] = stream.standard_normal(tuple(shape), dtype=np.float32)
     return torch.from_numpy(noise)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffsteer.ledger import Ledger
 from diffsteer.reward import Reward
-from diffsteer.selection import Scorer, Selection, choose
+from diffsteer.selection import Scorer, Selection, check_inputs, choose
 from diffsteer.session import Session
 from diffsteer.types import Context, DiffsteerError, Info, Problem, Sampler, Trace
 
@@ -140,17 +140,14 @@ def run(
         raise DiffsteerError(f"output={output!r} is unknown; valid: {', '.join(OUTPUTS)}")
     ledger, started = session.ledger, time.perf_counter()
     texts = session.prompts if asked is None else list(asked)
+    check_inputs(session.decoder is not None, reward, choice)
     for r in (reward, choice):
         if r is not None:
             r.prepare(texts, Context(0, session.steps, session.embedded))
     problem = Problem(len(session.prompts), session.steps, session.last_noise, session.seed, session.ids)
     scorer = Scorer(reward, session.decoder, texts, ledger, session.embedded, session.chunk, session.deterministic)
     select = Selection(sampler, problem, scorer, watch)
-    x, at = session.noise(), 0
-    for event in select.events:
-        with torch.no_grad():
-            arrival = session.segment(x, at, event)
-            x, at = select(event, arrival.x, arrival.x0), event
+    x = session.walk(select)
     assert select.samples is not None
     rewards, log_weights = select.infos[-1].rewards, select.state.log_weights
     deciding = rewards if choice is None else scorer.score(select.samples, problem.steps, problem.steps, choice)

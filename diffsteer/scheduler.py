@@ -101,6 +101,7 @@ class SteeringMixin:
         if control.eta:
             _drop_repeats(self)
             self.levels = scheduler_levels(self)
+            _refuse_rising(self)
         self._grid = self.timesteps.as_subclass(Tensor)
         self._index = None  # not located yet
         if control.start and hasattr(self, "_begin_index"):
@@ -259,15 +260,26 @@ def _refuse(scheduler: Any) -> None:
     if getattr(config, "prediction_type", "epsilon") not in _PREDICTIONS:
         valid = ", ".join(_PREDICTIONS)
         raise UnsupportedError(f"{name} has prediction_type={config.prediction_type!r}; the transition knows {valid}")
+    if not hasattr(config, "prediction_type"):
+        raise UnsupportedError(f"{name} does not say what its model predicts; use DDIMScheduler or EulerDiscreteScheduler")
     if not (hasattr(scheduler, "alphas_cumprod") or hasattr(scheduler, "_sigma_to_alpha_sigma_t")):
         raise UnsupportedError(f"{name}: its levels are not known; use DDIMScheduler or EulerDiscreteScheduler")
+
+
+def _refuse_rising(scheduler: Any) -> None:
+    noise = [float(at.sigma) / max(float(at.alpha), 1e-12) for at in scheduler.levels]
+    if any(b > a * (1 + 1e-9) for a, b in zip(noise, noise[1:], strict=False)):
+        raise UnsupportedError(
+            f"{type(scheduler).__name__}: its noise does not fall from step to step, so it is no sampler's grid"
+        )
 
 
 def _drop_repeats(scheduler: Any) -> None:
     """Heun and PNDM visit levels twice, for their second evaluations; a one-step transition needs each level once."""
     grid = scheduler.timesteps
     keep = torch.cat([torch.ones(1, dtype=torch.bool), (grid[1:] != grid[:-1]).cpu()])
-    if getattr(scheduler, "order", 1) > 1 or type(scheduler).__name__ == "PNDMScheduler":
+    if getattr(type(scheduler), "order", 1) > 1 or type(scheduler).__name__ == "PNDMScheduler":
+        scheduler.order = 1  # image-to-image pipelines cut the grid in steps of this
         scheduler.timesteps = grid[keep.to(grid.device)]
         if getattr(scheduler, "sigmas", None) is not None:
             scheduler.sigmas = torch.cat([scheduler.sigmas[:-1][keep.to(scheduler.sigmas.device)], scheduler.sigmas[-1:]])

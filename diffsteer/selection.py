@@ -26,6 +26,18 @@ def blocks(rows: int, size: int | None, pad: bool) -> list[list[int]]:
     return parts
 
 
+def check_inputs(decoded: bool, *rewards: Reward | None) -> None:
+    """Refuse rewards that would be shown something else than they look at.
+
+    Raises:
+        DiffsteerError: with the reward's name, and what it would be shown.
+    """
+    for reward in rewards:
+        if reward is not None and reward.input != ("pixels" if decoded else "latents"):
+            shown = "decoded samples" if decoded else "latents"
+            raise DiffsteerError(f"the reward {reward.name} looks at {reward.input}, but this decoder gives it {shown}")
+
+
 class Scorer:
     """Latents to decoded samples to rewards, in blocks of rows, counted in the ledger.
 
@@ -48,8 +60,6 @@ class Scorer:
     ) -> None:
         self.reward, self.decode_block, self.prompts, self.ledger = reward, decode, list(prompts), ledger
         self.embedded, self.chunk, self.pad = embedded, chunk, pad
-        if reward is not None and reward.input == "pixels" and decode is None:
-            raise DiffsteerError(f'the reward {reward.name} looks at pixels, but decoder="none" gives it latents')
 
     def decode(self, latents: Tensor) -> Tensor:
         """(N, ...) latents -> (N, ...) samples, float32; the latents themselves without a decoder."""
@@ -110,7 +120,8 @@ class Selection:
 def choose(output: str, rewards: Tensor, log_weights: Tensor, seed: int, ids: Sequence[Any]) -> Tensor:
     """The chosen particle of each group, (P,).
 
-    "best" is the highest reward (the first of equals; NaN never), "draw" one draw from the weights.
+    "best" is the highest reward among the particles that have any weight (the first of equals; NaN never), "draw" one draw
+    from the weights.
     """
     if output == "draw":
         draws = [
@@ -118,17 +129,20 @@ def choose(output: str, rewards: Tensor, log_weights: Tensor, seed: int, ids: Se
             for w, id in zip(log_weights, ids, strict=True)
         ]
         return torch.stack(draws)
-    return rewards.nan_to_num(nan=float("-inf")).argmax(1)
+    lost = log_weights == float("-inf")
+    lost &= ~lost.all(1, keepdim=True)
+    return rewards.nan_to_num(nan=float("-inf")).masked_fill(lost, float("-inf")).argmax(1)
 
 
 def _score(reward: Reward, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
     try:
-        scores = reward.score(samples, prompts, ctx)
+        scores = torch.as_tensor(reward.score(samples, prompts, ctx))
     except DiffsteerError:
         raise
     except Exception as error:
-        culprit = next((p for s, p in zip(samples, prompts, strict=True) if _raises(reward, s, p, ctx)), prompts[0])
-        where = f"for the prompt {culprit!r} after step {ctx.done} of {ctx.steps}"
+        culprit = next((p for s, p in zip(samples, prompts, strict=True) if _raises(reward, s, p, ctx)), None)
+        which = f"for {len(samples)} samples together" if culprit is None else f"for the prompt {culprit!r}"
+        where = f"{which} after step {ctx.done} of {ctx.steps}"
         raise RewardError(f"the reward {reward.name} raised {type(error).__name__} {where}: {error}") from error
     if scores.shape != (len(samples),):
         raise RewardError(

@@ -13,7 +13,7 @@ from diffsteer import rng
 from diffsteer.algebra import Level, noise_std
 from diffsteer.ledger import Ledger
 from diffsteer.rng import Id
-from diffsteer.selection import blocks
+from diffsteer.selection import Selection, blocks
 from diffsteer.types import DiffsteerError
 
 
@@ -61,7 +61,7 @@ class Session(ABC):
             raise DiffsteerError(f"chunk={chunk}; at least one row must fit a block")
         self.chunk = 8 if deterministic and chunk is None else chunk
         self.deterministic = deterministic
-        self.ledger = Ledger()
+        self.ledger = Ledger().open()
 
     @property
     def rows(self) -> int:
@@ -112,6 +112,15 @@ class Session(ABC):
                 self.ledger.padding += padding
             arrivals.append(Arrival(arrival.x[:real], arrival.x0[:real]))
         return Arrival(torch.cat([a.x for a in arrivals]), torch.cat([a.x0 for a in arrivals]))
+
+    def walk(self, select: Selection) -> Tensor:
+        """Carry all rows from noise to clean, a segment from event to event, and select there. Returns the final states."""
+        x, at = self.noise(), 0
+        for event in select.events:
+            with torch.no_grad():
+                arrival = self.segment(x, at, event)
+                x, at = select(event, arrival.x, arrival.x0), event
+        return x
 
     @abstractmethod
     def _segment(self, x: Tensor, start: int, stop: int, rows: Sequence[int]) -> Arrival:

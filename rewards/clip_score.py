@@ -12,7 +12,7 @@ from torch import Tensor
 from diffsteer.reward import Reward
 from diffsteer.rewards.open_clip_model import EMBEDDED, OpenClip, check_options, is_embedded, load
 from diffsteer.shapes.grammar import WORDS
-from diffsteer.shapes.tokenizer import unknown_words
+from diffsteer.shapes.tokenizer import CONTEXT, unknown_words
 from diffsteer.types import Context, DiffsteerError
 
 DEFAULT = ("ViT-B-32", "laion2b_s34b_b79k")
@@ -31,7 +31,8 @@ class ClipScore(Reward):
     Cost: one pass of the image tower a sample; the text tower runs once a prompt.
 
     Args:
-        model_name: any name of open_clip, ``local-dir:FOLDER``, ``hf-hub:ORG/NAME``, or "shapes", the embedded one.
+        model_name: any name of open_clip, ``local-dir:FOLDER``, ``hf-hub:ORG/NAME``, or "shapes", the embedded one (to be named
+            where the embedded model cannot be recognised, behind a decoder that is a bare callable).
         pretrained: a tag of the model or a checkpoint file, opened as plain tensors only.
         resize: squash | crop | pad, to the model's square. Only "crop", CLIP's own way, loses part of an image.
         device: where CLIP runs; None for the accelerator if there is one.
@@ -85,5 +86,7 @@ class ClipScore(Reward):
                 for word in unknown_words(prompt):
                     known = ", ".join(WORDS)
                     raise DiffsteerError(f"{self.name}: the embedded CLIP has no word {word!r} ({prompt!r}); it knows: {known}")
+                if len(prompt.split()) > CONTEXT - 2:  # the tokenizer would cut it
+                    raise DiffsteerError(f"{self.name}: the embedded CLIP reads {CONTEXT - 2} words at most, not {prompt!r}")
         clip = self._clip(ctx)
         return torch.stack([clip.encode_text(prompt) for prompt in prompts])

@@ -66,14 +66,12 @@ METHODS: dict[str, Any] = {
 MAIN = ("bon8", "native", "fk4", "fk8")
 
 
-def run(work: Path, methods: list[str], shard: tuple[int, int], count: int, empty: int, compile: bool) -> None:
+def run(work: Path, methods: list[str], shard: tuple[int, int], count: int, empty: int) -> None:
     """Append one line a case and method to DIR/quality.I.jsonl; what stands in any of them is not done again."""
     work.mkdir(parents=True, exist_ok=True)
     records = [json.loads(line) for f in work.glob("quality.*.jsonl") for line in f.read_text().splitlines()]
     done = {(r["method"], r["id"]) for r in records}
     pipe = load_pipeline("shapes")
-    if compile:
-        pipe.unet = torch.compile(pipe.unet, dynamic=False)
     reward, second = ClipScore(), second_reward()
     jobs = [(m, c, False) for m in methods for c in chunks(held_out(count), BATCH)]
     if empty:
@@ -246,12 +244,11 @@ if __name__ == "__main__":
     parser.add_argument("--shard", default="0/1", help="i/n: take every n-th batch")
     parser.add_argument("--count", type=int, default=CASES_A_TASK, help="cases a task")
     parser.add_argument("--empty", type=int, default=EMPTY_CASES, help="cases with the empty caption")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the denoiser: faster, equal to rounding")
     arguments = parser.parse_args()
     if arguments.stage == "tune":
         tune()
     if arguments.stage in ("run", "all"):
         i, n = (int(v) for v in arguments.shard.split("/"))
-        run(arguments.work, arguments.methods.split(","), (i, n), arguments.count, arguments.empty, arguments.compile)
+        run(arguments.work, arguments.methods.split(","), (i, n), arguments.count, arguments.empty)
     if arguments.stage in ("table", "all"):
         tables(arguments.work)

@@ -38,7 +38,7 @@ from diffsteer.shapes.tokenizer import CONTEXT, make_tokenizer
 
 SCENES, ENCODED = 80_000, 48_000  # the autoencoder sees all, the painter the first of them
 VAE_STEPS, SHARP_STEPS, DECODER_STEPS = 3_000, 4_500, 3_000
-UNET_STEPS, NOISY_STEPS, CLIP_STEPS = 7_000, 4_000, 5_000
+CLIP_STEPS, HALFWAY_STEPS = 5_000, 2_000
 
 
 @functools.cache
@@ -185,8 +185,8 @@ def stage_decoder(work: Path) -> None:
 
 
 def stage_unet(work: Path) -> None:
-    """Two rounds. Backgrounds, colours and places are decided at the highest noise levels, of which Stable Diffusion's schedule
-    has few and which count little in the loss of the noise: the second round takes DDPM's schedule and lets them count more."""
+    """Three rounds. Backgrounds, colours and places are decided at the highest noise levels, of which Stable Diffusion's
+    schedule has few and which count little in the loss of the noise: the later rounds take DDPM's and let them count more."""
     from diffusers import DDIMScheduler
 
     torch.manual_seed(2)
@@ -195,26 +195,30 @@ def stage_unet(work: Path) -> None:
     empty = tokenize(work / "tokenizer", [""])
     latents, painter = torch.load(work / "latents.pt", weights_only=True), Painter(int(ids.max()) + 1)
 
-    def loss_with(schedule: dict[str, Any], heaviest: float, offset: int) -> Callable[[int], Tensor]:
+    def loss_with(schedule: dict[str, Any], heaviest: float, batch: int, offset: int) -> Callable[[int], Tensor]:
         noising = DDIMScheduler(**schedule)
         weights = (1 / noising.alphas_cumprod).clamp(max=heaviest)
         weights /= weights.mean()
 
         def loss_of(step: int) -> Tensor:
             rng = torch.Generator().manual_seed(offset + step)
-            rows = torch.randint(len(latents), (48,), generator=rng)
-            x, noise = latents[rows].float(), torch.randn(48, 4, 16, 16, generator=rng)
-            t = torch.randint(1000, (48,), generator=rng)
-            words = torch.where(torch.rand(48, 1, generator=rng) < 0.1, empty, ids[rows])
+            rows = torch.randint(len(latents), (batch,), generator=rng)
+            x, noise = latents[rows].float(), torch.randn(batch, 4, 16, 16, generator=rng)
+            t = torch.randint(1000, (batch,), generator=rng)
+            words = torch.where(torch.rand(batch, 1, generator=rng) < 0.1, empty, ids[rows])
             error = painter(noising.add_noise(x, noise, t), t, words) - noise
             return (weights[t] * error.square().mean((1, 2, 3))).mean()
 
         return loss_of
 
     stable = SCHEDULE | {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    painter.load_state_dict(train("unet", work, painter, loss_with(stable, 1.0, 0), UNET_STEPS, 2e-3).state_dict())
-    noisy = train("unet_noisy", work, painter, loss_with(SCHEDULE, 30.0, 10**6), NOISY_STEPS, 1.5e-3)
-    torch.save(noisy.state_dict(), work / "unet.pt")
+    for name, loss_of, steps, lr in (
+        ("unet", loss_with(stable, 1.0, 48, 0), 7_000, 2e-3),
+        ("unet_noisy", loss_with(SCHEDULE, 30.0, 48, 10**6), 4_000, 1.5e-3),
+        ("unet_long", loss_with(SCHEDULE, 30.0, 64, 2 * 10**6), 9_000, 1.5e-3),
+    ):
+        painter.load_state_dict(train(name, work, painter, loss_of, steps, lr).state_dict())
+        torch.save(painter.state_dict(), work / f"{name}.pt")
 
 
 def degrade(x: Tensor, rng: np.random.Generator) -> Tensor:
@@ -233,19 +237,37 @@ def degrade(x: Tensor, rng: np.random.Generator) -> Tensor:
     return torch.stack(out)
 
 
-def clip_batch(key: tuple[int, int], pairs: int) -> tuple[list[Scene], list[str], np.random.Generator]:
-    """`pairs` scenes and for each a twin that differs in one attribute; their captions, then three hard negatives a scene."""
-    rng = np.random.default_rng(key)
-    scenes = []
-    for i in range(pairs):
-        scene = sample_scene(TASKS[i % len(TASKS)], rng, pairs="seen")
-        twins = one_attribute_changed(scene.statement)
-        scenes += [scene, scene_of(twins[rng.integers(len(twins))], rng)]
+def with_negatives(scenes: list[Scene], rng: np.random.Generator) -> list[str]:
+    """The scenes' captions, then for each scene three that differ from its own in one attribute."""
     texts = [caption(s) for s in scenes]
     for scene in scenes:
         negatives = one_attribute_changed(scene.statement)
         texts += [str(negatives[i]) for i in rng.permutation(len(negatives))[:3]]
-    return scenes, texts, rng
+    return texts
+
+
+def twins(pairs: int, rng: np.random.Generator) -> list[Scene]:
+    """`pairs` scenes, each followed by one that differs in a single attribute."""
+    scenes = []
+    for i in range(pairs):
+        scene = sample_scene(TASKS[i % len(TASKS)], rng, pairs="seen")
+        others = one_attribute_changed(scene.statement)
+        scenes += [scene, scene_of(others[rng.integers(len(others))], rng)]
+    return scenes
+
+
+def contrast(clip: nn.Module, folder: Path, images: Tensor, scenes: list[Scene], texts: list[str]) -> Tensor:
+    """CLIP's loss; `images` (N, 3, 64, 64) in [0, 1] show `scenes`, whose captions lead `texts`."""
+    statements = [parse(text) for text in texts]
+    true = torch.tensor([[describes(s, scene) for s in statements] for scene in scenes])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        image = clip.encode_image((images - 0.5) / 0.5).float()
+    image, text = F.normalize(image, dim=-1), F.normalize(clip.encode_text(tokenize(folder, texts)), dim=-1)
+    logits = clip.logit_scale.exp().clamp(max=100) * image @ text.T
+    own = torch.eye(*logits.shape, dtype=torch.bool)
+    logits = logits.masked_fill(true & ~own, -1e4)  # another caption that is true of the image is no negative
+    n = len(scenes)
+    return (F.cross_entropy(logits, torch.arange(n)) + F.cross_entropy(logits[:, :n].T, torch.arange(n))) / 2
 
 
 def stage_clip(work: Path, name: str = "clip") -> None:
@@ -253,21 +275,54 @@ def stage_clip(work: Path, name: str = "clip") -> None:
     clip = make_clip(work / name, name)
 
     def loss_of(step: int) -> Tensor:
-        scenes, texts, rng = clip_batch((CLIPS[name]["stream"], step), 32)
-        statements = [parse(text) for text in texts]
-        true = torch.tensor([[describes(s, scene) for s in statements] for scene in scenes])
+        rng = np.random.default_rng((CLIPS[name]["stream"], step))
+        scenes = twins(32, rng)
+        texts = with_negatives(scenes, rng)
         images = degrade(pixels([np.asarray(render(s)) for s in scenes]), rng)
-        ids = tokenize(work / name, texts)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            image = clip.encode_image((images - 0.5) / 0.5).float()
-        image, text = F.normalize(image, dim=-1), F.normalize(clip.encode_text(ids), dim=-1)
-        logits = clip.logit_scale.exp().clamp(max=100) * image @ text.T
-        own = torch.eye(*logits.shape, dtype=torch.bool)
-        logits = logits.masked_fill(true & ~own, -1e4)  # another caption that is true of the image is no negative
-        n = len(scenes)
-        return (F.cross_entropy(logits, torch.arange(n)) + F.cross_entropy(logits[:, :n].T, torch.arange(n))) / 2
+        return contrast(clip, work / name, images, scenes, texts)
 
     torch.save(train(name, work, clip, loss_of, CLIP_STEPS, 1e-3).state_dict(), work / f"{name}.pt")
+
+
+def stage_clip_halfway(work: Path) -> None:
+    """The CLIP that steers also learns to read what it will be shown: a painter's decoded estimates of x0 from noised latents.
+
+    The painter, that of the second round, is asked for the scene's caption, for one with an attribute changed, or for nothing;
+    the right answer stays the scene.
+    """
+    from diffusers import DDIMScheduler
+
+    clip, vae = make_clip(work / "clip", "clip"), make_vae().eval()
+    clip.load_state_dict(torch.load(work / "clip.pt", weights_only=True))
+    vae.load_state_dict(torch.load(work / "vae_final.pt", weights_only=True))
+    weights = torch.load(work / "unet_noisy.pt", weights_only=True)
+    painter = Painter(len(weights["text_encoder.embeddings.token_embedding.weight"])).eval()
+    painter.load_state_dict(weights)
+    latents, alphas = torch.load(work / "latents.pt", weights_only=True), DDIMScheduler(**SCHEDULE).alphas_cumprod
+
+    @torch.no_grad()
+    def halfway(rows: list[int], scenes: list[Scene], rng: np.random.Generator) -> Tensor:
+        asked = []
+        for scene, kind in zip(scenes, rng.integers(3, size=len(scenes)), strict=True):
+            others = one_attribute_changed(scene.statement)
+            asked.append(("", caption(scene), str(others[rng.integers(len(others))]))[kind])
+        t = torch.from_numpy(rng.integers(0, 700, len(rows)))
+        a, x = alphas[t][:, None, None, None], latents[rows].float()
+        x = a.sqrt() * x + (1 - a).sqrt() * torch.randn_like(x)
+        x0 = (x - (1 - a).sqrt() * painter(x, t, tokenize(work / "tokenizer", asked))) / a.sqrt()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return (vae.decode(x0).sample.float() / 2 + 0.5).clamp(0, 1)
+
+    def loss_of(step: int) -> Tensor:
+        rng = np.random.default_rng((13, step))
+        rows = rng.integers(0, len(latents), 40).tolist()
+        drawn = [sample_scene(TASKS[i % len(TASKS)], np.random.default_rng((1, i)), pairs="seen") for i in rows]
+        scenes = twins(12, rng)
+        clean = degrade(pixels([np.asarray(render(s)) for s in scenes]), rng)
+        texts = with_negatives([*drawn, *scenes], rng)
+        return contrast(clip, work / "clip", torch.cat([halfway(rows, drawn, rng), clean]), [*drawn, *scenes], texts)
+
+    torch.save(train("clip_halfway", work, clip, loss_of, HALFWAY_STEPS, 5e-4).state_dict(), work / "clip_halfway.pt")
 
 
 def stage_clip2(work: Path) -> None:
@@ -285,7 +340,7 @@ def stage_export(work: Path, out: Path = WEIGHTS) -> None:
     vae, ids = make_vae(), tokenize(work / "tokenizer", [""])
     vae.load_state_dict(torch.load(work / "vae_final.pt", weights_only=True))
     painter = Painter(int(ids.max()) + 1)
-    painter.load_state_dict(torch.load(work / "unet.pt", weights_only=True))
+    painter.load_state_dict(torch.load(work / "unet_long.pt", weights_only=True))
     pipe = StableDiffusionPipeline(
         vae=vae,
         text_encoder=painter.text_encoder,
@@ -301,17 +356,27 @@ def stage_export(work: Path, out: Path = WEIGHTS) -> None:
     config = out / "sd" / "text_encoder" / "config.json"
     # A plain load would keep the stored half precision of this part alone, and crash beside a float32 UNet.
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2))
-    for name in (n for n in CLIPS if (work / f"{n}.pt").exists()):
+    for name, trained in (("clip", "clip_halfway.pt"), ("clip2", "clip2.pt")):
         shutil.rmtree(out / name, ignore_errors=True)
         shutil.copytree(work / name, out / name)
-        weights = {k: v.half().contiguous() for k, v in torch.load(work / f"{name}.pt", weights_only=True).items()}
+        weights = {k: v.half().contiguous() for k, v in torch.load(work / trained, weights_only=True).items()}
         save_file(weights, out / name / "open_clip_model.safetensors")
     print(sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6, "MB")
 
 
 STAGES = {
     f.__name__.removeprefix("stage_"): f
-    for f in (stage_data, stage_vae, stage_latents, stage_decoder, stage_unet, stage_clip, stage_clip2, stage_export)
+    for f in (
+        stage_data,
+        stage_vae,
+        stage_latents,
+        stage_decoder,
+        stage_unet,
+        stage_clip,
+        stage_clip_halfway,
+        stage_clip2,
+        stage_export,
+    )
 }
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Where the embedded models lie, and what was found best for them. Imports neither torch nor diffusers."""
+"""Where the embedded models lie, and what was found best for them. Imports neither torch nor diffusers by itself."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,34 @@ def _defaults() -> dict[str, Any]:
     return loaded
 
 
+@functools.cache
+def _first_weights() -> dict[str, Any]:
+    from safetensors import safe_open
+
+    found = {}
+    for name, path in MODELS.items():
+        with safe_open(path / "unet" / "diffusion_pytorch_model.safetensors", framework="pt") as file:
+            found[name] = file.get_tensor("conv_in.weight")
+    return found
+
+
 def is_embedded(pipe: Any) -> bool:
-    """Was this pipeline loaded from the package's own weights?"""
-    name = getattr(getattr(pipe, "config", None), "_name_or_path", None)
-    return bool(name) and Path(str(name)).resolve() in [path.resolve() for path in MODELS.values()]
+    """Has this pipeline the package's own weights? Told by the denoiser's first layer, wherever it was loaded from."""
+    weight = getattr(getattr(getattr(pipe, "unet", None), "conv_in", None), "weight", None)
+    if weight is None:
+        return False
+    return any(
+        own.shape == weight.shape and bool((weight.cpu().to(own.dtype) == own).all()) for own in _first_weights().values()
+    )
+
+
+@functools.cache
+def digest() -> str:
+    """SHA-256 of everything that makes an embedded model's result: its weights, the rewards' and the defaults."""
+    sha = hashlib.sha256((WEIGHTS / "defaults.json").read_bytes())
+    for file in sorted(WEIGHTS.rglob("*.safetensors")):
+        sha.update(file.read_bytes())
+    return sha.hexdigest()
 
 
 def recommended(pipe: Any) -> dict[str, Any]:

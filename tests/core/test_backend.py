@@ -162,14 +162,33 @@ def test_the_users_pipeline_is_untouched(toy_pipeline: Any, tmp_path: Any) -> No
 
 
 def test_blocks_of_rows_agree(toy_pipeline: Any) -> None:
-    out = {
-        c: SteeredPipeline(toy_pipeline, FeynmanKac(4), brightness, chunk=c)(PROMPTS, num_inference_steps=12, seed=4)
-        for c in (None, 3, 1)
-    }
-    for c in (3, 1):
-        same = [torch.equal(a, b) for a, b in zip(out[None].trace.ancestors, out[c].trace.ancestors, strict=True)]
-        assert all(same), "no near-tie in this run"
-        torch.testing.assert_close(out[c].latents, out[None].latents, rtol=1e-3, atol=1e-3)
+    """Up to near-ties: where rounding turns a resampling, runs part for good. They are counted."""
+    parted = 0
+    for seed in range(4):
+        out = {
+            c: SteeredPipeline(toy_pipeline, FeynmanKac(4), brightness, chunk=c)(PROMPTS, num_inference_steps=8, seed=seed)
+            for c in (None, 3, 1)
+        }
+        for c in (3, 1):
+            for p in range(len(PROMPTS)):
+                pairs = zip(out[None].trace.ancestors, out[c].trace.ancestors, strict=True)
+                if all(torch.equal(a[p], b[p]) for a, b in pairs):
+                    torch.testing.assert_close(out[c].latents[p], out[None].latents[p], rtol=1e-3, atol=1e-3)
+                else:
+                    parted += 1
+    assert parted <= 1, f"{parted} of 16 groups parted"
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler"])
+def test_nothing_to_select_is_the_chain_itself_bit_for_bit(toy_pipeline: Any, name: str) -> None:
+    """K = 1, and lambda = 0, against the same steered scheduler without selection."""
+    pipe = with_scheduler(toy_pipeline, name)
+    for particles, sampler in ((1, FeynmanKac(1, events="all")), (3, FeynmanKac(3, scale=0.0, events="all"))):
+        out = SteeredPipeline(pipe, sampler, brightness)(PROMPTS, num_inference_steps=STEPS, seed=5)
+        chain = SteeredPipeline(pipe, BestOfN(particles), brightness)(PROMPTS, num_inference_steps=STEPS, seed=5)
+        assert torch.equal(out.latents, chain.latents) and torch.equal(out.samples, chain.samples)
+        session = open_session(pipe, particles=particles, seed=5)
+        assert torch.equal(out.latents.flatten(0, 1), session.segment(session.noise(), 0, STEPS).x)
 
 
 def test_deterministic_bits(toy_pipeline: Any) -> None:
@@ -255,36 +274,6 @@ def test_negative_prompts_and_guidance_reach_the_pipeline(toy_pipeline: Any) -> 
         torch.testing.assert_close(out.latents[:, 0], plain(toy_pipeline, negative_prompt=negatives, **call))
     with pytest.raises(DiffsteerError, match="3 negative prompts for 2"):
         pipe(PROMPTS, negative_prompt=["a", "b", "c"])
-
-
-def test_callbacks_see_true_steps_and_may_change_or_stop(toy_pipeline: Any) -> None:
-    seen: list[int] = []
-
-    def watch(pipe: Any, i: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        seen.append(i)
-        return {"latents": kwargs["latents"] * 0 + 1} if i == STEPS - 1 else {}
-
-    pipe = SteeredPipeline(toy_pipeline, FeynmanKac(2, events=2), brightness)
-    out = pipe(PROMPTS, num_inference_steps=STEPS, seed=0, callback_on_step_end=watch)
-    assert seen == list(range(STEPS)) and torch.equal(out.latents, torch.ones_like(out.latents))
-
-    def stop(pipe: Any, i: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        pipe._interrupt = i >= 2
-        return {}
-
-    out = pipe(PROMPTS, num_inference_steps=STEPS, seed=0, callback_on_step_end=stop)
-    assert out.ledger.evaluations == 2 * 2 * 2 * 3
-
-
-def test_an_interrupt_stops_every_block_at_the_same_step(toy_pipeline: Any) -> None:
-    def stop(pipe: Any, i: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        pipe._interrupt = i >= 2
-        return {}
-
-    call: dict[str, Any] = {"num_inference_steps": STEPS, "seed": 0, "callback_on_step_end": stop}
-    whole = SteeredPipeline(toy_pipeline, BestOfN(2), brightness)(PROMPTS, **call)
-    parts = SteeredPipeline(toy_pipeline, BestOfN(2), brightness, chunk=3)(PROMPTS, **call)
-    torch.testing.assert_close(parts.latents, whole.latents, rtol=1e-3, atol=1e-3)
 
 
 def test_the_users_solver_is_not_cut(toy_pipeline: Any) -> None:

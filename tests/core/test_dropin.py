@@ -134,6 +134,44 @@ def test_callbacks_and_guidance_keep_working(toy_pipeline: Any) -> None:
     assert not torch.equal(base, call(pipe, negative_prompt=["a cross"] * 2))
 
 
+def test_lora_keeps_working(toy_pipeline: Any) -> None:
+    from conftest import build_toy_pipeline
+    from peft import LoraConfig
+
+    own = build_toy_pipeline()
+    pipe = put(own, FeynmanKac(4))
+    before = call(pipe)
+    torch.manual_seed(0)
+    own.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    assert not torch.allclose(before, call(pipe), atol=1e-3)
+    own.unet.disable_adapters()
+    torch.testing.assert_close(call(pipe), before)
+
+
+def test_nothing_to_select_is_the_chain_itself_bit_for_bit(toy_pipeline: Any) -> None:
+    chain = call(put(toy_pipeline, BestOfN(4), reward=lambda x, p: torch.zeros(len(x))))
+    assert torch.equal(
+        call(put(toy_pipeline, FeynmanKac(4, scale=0.0, events="all"), reward=lambda x, p: torch.zeros(len(x)))), chain
+    )
+    alone = call(put(toy_pipeline, FeynmanKac(1, events="all")), num_images_per_prompt=1)
+    assert torch.equal(alone, call(put(toy_pipeline, BestOfN(1)), num_images_per_prompt=1))
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_image_to_image_pipelines_cut_the_grid(toy_pipeline: Any, name: str) -> None:
+    parts = {k: v for k, v in toy_pipeline.components.items() if k in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
+    pipe = diffusers.StableDiffusionImg2ImgPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    pipe.scheduler = steered(pipe.scheduler, FeynmanKac(4), reward=brightness, decoder=pipe, prompts=PROMPTS)
+    image = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    options = {"num_images_per_prompt": 4, "num_inference_steps": 8, "output_type": "latent"}
+    out = pipe(PROMPTS, image=image, strength=0.5, generator=torch.Generator().manual_seed(0), **options).images
+    assert out.shape == (8, 4, 8, 8) and bool(out.isfinite().all()) and pipe.scheduler.steering.trace.events
+
+
 def test_saved_pipelines_load_again_with_the_plain_scheduler(toy_pipeline: Any, tmp_path: Any) -> None:
     pipe = put(toy_pipeline, FeynmanKac(4))
     pipe.save_pretrained(tmp_path)

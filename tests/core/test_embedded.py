@@ -15,7 +15,8 @@ from diffsteer.cli import main
 from diffsteer.rewards import ClipScore, Compressibility
 from diffsteer.samplers import BestOfN, FeynmanKac
 from diffsteer.shapes import TASKS, caption, check, one_attribute_changed, render, sample_scene
-from diffsteer.shapes.models import CLIP, MODELS, WEIGHTS, recommended
+from diffsteer.shapes.models import CLIP, MODELS, WEIGHTS, is_embedded, recommended
+from diffsteer.shapes.tokenizer import CONTEXT, make_tokenizer, unknown_words
 from diffsteer.types import Context
 
 EMBEDDED = Context(embedded=True)
@@ -55,6 +56,43 @@ def test_the_autoencoder_keeps_what_the_checker_reads(shapes: Any) -> None:
         y = shapes.vae.decode(shapes.vae.encode(x * 2 - 1).latent_dist.mode()).sample
     right = [check((i / 2 + 0.5).clamp(0, 1), caption(s)).correct for i, s in zip(y, scenes, strict=True)]
     assert np.mean(right) >= 0.96
+
+
+@pytest.mark.slow
+def test_the_autoencoder_keeps_what_the_checker_reads_in_full(shapes: Any) -> None:
+    scenes, x = renders(3000, 27)
+    rng, errors = np.random.default_rng(0), 0
+    for start in range(0, len(scenes), 100):
+        with torch.no_grad():
+            y = shapes.vae.decode(shapes.vae.encode(x[start : start + 100] * 2 - 1).latent_dist.mode()).sample
+        for image, scene in zip((y / 2 + 0.5).clamp(0, 1), scenes[start : start + 100], strict=True):
+            changed = one_attribute_changed(scene.statement)
+            errors += not check(image, caption(scene)).correct
+            errors += check(image, str(changed[rng.integers(len(changed))])).correct
+    assert errors <= 0.02 * 3000
+
+
+@pytest.mark.slow
+def test_clip_prefers_the_right_caption_in_full() -> None:
+    scenes, x = renders(3000, 28)
+    rng, wins = np.random.default_rng(0), 0
+    wrong = [str(c[rng.integers(len(c))]) for c in (one_attribute_changed(s.statement) for s in scenes)]
+    right, reward = [caption(s) for s in scenes], ClipScore()
+    for i in range(0, 3000, 100):
+        part = slice(i, i + 100)
+        wins += int((reward.score(x[part], right[part], EMBEDDED) > reward.score(x[part], wrong[part], EMBEDDED)).sum())
+    assert wins >= 0.90 * 3000
+
+
+@pytest.mark.slow
+def test_what_steering_costs_outside_the_denoiser(shapes: Any) -> None:
+    """At most 5 % of the time with 16 rows and 20 steps, the best of three."""
+    pipe = SteeredPipeline(
+        shapes, FeynmanKac(4, trigger="always"), lambda samples, prompts: torch.zeros(len(samples)), decoder="none"
+    )
+    texts = ["a red circle", "two stars", "a ring above a cross", "a blue square"]
+    seconds = [pipe(texts, num_inference_steps=20, seed=0).ledger.seconds for _ in range(4)][1:]
+    assert min(1 - s["denoiser"] / s["total"] for s in seconds) <= 0.05
 
 
 def test_latents_have_unit_scale(shapes: Any) -> None:
@@ -111,6 +149,26 @@ def test_words_outside_the_list_are_refused(shapes: Any, capsys: pytest.CaptureF
     assert main(["generate", "prompt=a red dog", f"out={tmp_path / 'o'}"]) == 2
     said = capsys.readouterr().err.strip()
     assert "'dog'" in said and "\n" not in said and not (tmp_path / "o" / "manifest.jsonl").exists()
+
+
+def test_every_prompt_that_is_accepted_is_read_to_its_end() -> None:
+    """A comma, say, has no token: the tokenizer would end the text there, and CLIP would not see the rest."""
+    tokenizer, end = make_tokenizer(), None
+    for text in [caption(sample_scene(task, np.random.default_rng((26, i)))) for i, task in enumerate(TASKS * 20)]:
+        ids = tokenizer(text).input_ids
+        end = ids[-1]
+        assert unknown_words(text) == [] and ids.count(end) == 1 and len(ids) == len(text.split()) + 2 <= CONTEXT
+    assert tokenizer("a star, a ring").input_ids.count(end) == 2
+    for text, said in (("a red star, a ring", "'star,'"), ("a star.", "'star.'"), ("a red star " * 5, "14 words at most")):
+        with pytest.raises(DiffsteerError, match=said):
+            ClipScore().prepare([text], EMBEDDED)
+
+
+def test_they_are_known_by_content(shapes: Any, toy_pipeline: Any, tmp_path: Path) -> None:
+    assert is_embedded(shapes) and not is_embedded(toy_pipeline) and not is_embedded(object())
+    assert is_embedded(StableDiffusionPipeline(**shapes.components, requires_safety_checker=False))
+    shapes.save_pretrained(tmp_path / "copy")
+    assert is_embedded(load_pipeline(tmp_path / "copy")) and is_embedded(load_pipeline(tmp_path / "copy").to(torch.float16))
 
 
 def test_drop_in_uses_the_embedded_clip(shapes: Any) -> None:

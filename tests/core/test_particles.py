@@ -100,6 +100,26 @@ def test_tempering_stops_at_the_target(rewards: list[float], target: float) -> N
     assert float(exponent) == 50.0 or ess == pytest.approx(target * 4, rel=1e-3)
 
 
+def test_tempering_finds_the_last_crossing() -> None:
+    """With carried weights the ESS may fall and rise again: the largest exponent of all, up to thin islands."""
+    rng_ = torch.Generator().manual_seed(0)
+    carried, r, old = (torch.randn(1000, 8, generator=rng_, dtype=torch.float64) for _ in range(3))
+    low = torch.full((1000,), 0.5, dtype=torch.float64)
+    high = low + decisive_exponent(r, torch.ones_like(r, dtype=torch.bool))
+
+    def ess_at(exponent: Tensor) -> Tensor:
+        return effective_sample_size(2 * carried + exponent[:, None] * r - old)
+
+    found = largest_exponent(lambda e: 2 * carried + e[:, None] * r - old, low, high, 4.0)
+    assert (ess_at(found)[found > low] >= 4 - 1e-6).all()
+    best = low.clone()
+    for share in torch.linspace(0, 1, 1001):
+        best = torch.where(ess_at(low + (high - low) * share) >= 4, low + (high - low) * share, best)
+    missed = best > found + 1e-9
+    assert int((best > low).sum()) > 100, "there was something to find"
+    assert int(missed.sum()) <= 2
+
+
 @pytest.mark.parametrize(
     ("rewards", "further"),
     [
