@@ -1,0 +1,92 @@
+"""What is true of each pipeline class that can be steered. `tests/families` proves every line; the README's table is made of it.
+
+A class stands here by name, and its subclasses with it. Nothing here steers: a line says where samples come from and what of the
+general machinery (`diffsteer.backend`) a class carries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from diffsteer import decoding
+from diffsteer.decoding import Layout, Size
+
+
+def as_it_is(pipe: Any, size: Size, x: Tensor) -> Tensor:
+    return x
+
+
+def unrolled(pipe: Any, size: Size, x: Tensor) -> Tensor:
+    """Flux 2 takes (N, C, h, w) and packs it itself."""
+    return x.permute(0, 2, 1).unflatten(2, (size.height // (2 * pipe.vae_scale_factor), -1))
+
+
+@dataclass(frozen=True)
+class Family:
+    """The facts of a class.
+
+    Attributes:
+        layout: the decoder of its latents.
+        no_reentry: why a run cannot be cut into calls; "" where it can. Without re-entry all particles run in one call, selection
+            happening inside `step`.
+        no_gradients: why the gradient to the state is not available; "" where it is.
+        takes_latents: the first states enter as ``latents=``; else they are drawn by the pipeline from a keyed generator a row.
+        enter: from states as `step` sees them to what ``latents=`` wants.
+        doubled: `step` is handed every row twice, the guided estimate in both halves.
+        together: conditions of one row depend on the other rows', so all are encoded at once.
+        guided: does this call double its evaluations for classifier-free guidance?
+    """
+
+    layout: Layout
+    no_reentry: str = ""
+    no_gradients: str = ""
+    takes_latents: bool = True
+    enter: Callable[[Any, Size, Tensor], Tensor] = as_it_is
+    doubled: bool = False
+    together: bool = False
+    output: str = "images"
+
+
+NO_LATENTS = "its call takes no latents="
+IMAGE_AS_NOISE = "it re-noises its image with latents="
+
+FAMILIES: dict[str, Family] = {
+    "StableDiffusionPipeline": Family(decoding.image),
+    "StableDiffusionControlNetPipeline": Family(decoding.image),
+    "StableDiffusionImg2ImgPipeline": Family(decoding.image, no_reentry=NO_LATENTS, takes_latents=False),
+    "StableDiffusionInpaintPipeline": Family(decoding.image, no_reentry=IMAGE_AS_NOISE),
+    "LatentConsistencyModelPipeline": Family(decoding.image),
+    "StableDiffusionXLPipeline": Family(decoding.image),
+    "StableDiffusionXLImg2ImgPipeline": Family(
+        decoding.image, no_reentry="its call cuts the time grid by strength=", takes_latents=False
+    ),
+    "StableDiffusion3Pipeline": Family(decoding.image),
+    "FluxPipeline": Family(decoding.packed),
+    "Flux2Pipeline": Family(decoding.patched, enter=unrolled),
+    "QwenImagePipeline": Family(decoding.packed_video_vae),
+    "ZImagePipeline": Family(decoding.image),
+    "PixArtSigmaPipeline": Family(decoding.image),
+    "SanaPipeline": Family(decoding.image),
+    "HunyuanDiTPipeline": Family(decoding.image),
+    "Lumina2Pipeline": Family(decoding.image),
+    "AuraFlowPipeline": Family(decoding.image),
+    "AnimateDiffPipeline": Family(decoding.video_by_image, output="frames"),
+    "WanPipeline": Family(decoding.video, output="frames"),
+    "CogVideoXPipeline": Family(decoding.frames_first, output="frames"),
+    "LTXPipeline": Family(decoding.packed_video, output="frames"),
+    "HunyuanVideoPipeline": Family(decoding.scaled_video, output="frames"),
+    "StableAudioPipeline": Family(decoding.sound, output="audios"),
+    "AudioLDM2Pipeline": Family(decoding.spectrogram, together=True, output="audios"),
+    "DDPMPipeline": Family(decoding.pixels, no_reentry=NO_LATENTS, takes_latents=False),
+    "DiTPipeline": Family(decoding.image, no_reentry=NO_LATENTS, takes_latents=False, doubled=True),
+}
+
+
+def family_of(pipe: Any) -> Family | None:
+    """The facts of a pipeline's class, or of the nearest class that it descends from."""
+    cls = pipe if isinstance(pipe, type) else type(pipe)
+    return next((FAMILIES[c.__name__] for c in cls.__mro__ if c.__name__ in FAMILIES), None)
