@@ -7,6 +7,7 @@ import difflib
 import inspect
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -16,6 +17,9 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
 from diffsteer import rng
+from diffsteer.conditions import Memory
+from diffsteer.decoding import size_of
+from diffsteer.families import FAMILIES, Family, family_of
 from diffsteer.hooks import Watch, guidance_parts, watching
 from diffsteer.scheduler import install
 from diffsteer.selection import Selection
@@ -23,21 +27,36 @@ from diffsteer.session import Arrival, Session
 from diffsteer.shapes.models import MODELS, is_embedded, recommended
 from diffsteer.types import DiffsteerError, UnsupportedError
 
-SUPPORTED = ("StableDiffusionPipeline",)
+DENOISERS = ("unet", "transformer", "transformer_2")
+# Call arguments that may have one value a prompt.
+PER_PROMPT = (
+    "prompt_2",
+    "prompt_3",
+    "negative_prompt",
+    "negative_prompt_2",
+    "negative_prompt_3",
+    "image",
+    "mask_image",
+    "control_image",
+)
 # Call arguments that the session gives itself, or that have one row an image and so cannot follow blocks of rows.
-_OWN = {"prompt", "prompt_embeds", "negative_prompt_embeds", "num_images_per_prompt", "output_type", "return_dict", "generator"}
+_OWN = {
+    *("prompt", "prompt_embeds", "negative_prompt_embeds", "class_labels", "batch_size"),
+    *("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "output_type", "return_dict", "generator"),
+}
 _PER_ROW = {"ip_adapter_image", "ip_adapter_image_embeds"}
 
 
-def check_pipeline(pipe: Any) -> None:
-    """Refuse, by name, what cannot be steered.
+def check_pipeline(pipe: Any) -> Family:
+    """The facts of a pipeline's class.
 
     Raises:
         UnsupportedError: a pipeline class that no session was tried on.
     """
-    names = [cls.__name__ for cls in type(pipe).__mro__]
-    if not isinstance(pipe, DiffusionPipeline) or not set(names) & set(SUPPORTED):
-        raise UnsupportedError(f"{type(pipe).__name__} cannot be steered; supported: {', '.join(SUPPORTED)}, and CallableModel")
+    family = family_of(pipe)
+    if not isinstance(pipe, DiffusionPipeline) or family is None:
+        raise UnsupportedError(f"{type(pipe).__name__} cannot be steered; supported: {', '.join(FAMILIES)}, and CallableModel")
+    return family
 
 
 def refuse_by_name(path: str, **options: Any) -> None:
@@ -53,8 +72,8 @@ def refuse_by_name(path: str, **options: Any) -> None:
     except (OSError, ValueError):  # nothing there: loading says so
         return
     known = getattr(diffusers, str(name), None)
-    if known is None or not {cls.__name__ for cls in known.__mro__} & set(SUPPORTED):
-        raise UnsupportedError(f"{path} is a {name}, which cannot be steered; supported: {', '.join(SUPPORTED)}")
+    if known is None or family_of(known) is None:
+        raise UnsupportedError(f"{path} is a {name}, which cannot be steered; supported: {', '.join(FAMILIES)}")
 
 
 def check_call(pipe: Any, call: dict[str, Any]) -> None:
@@ -85,27 +104,42 @@ def quiet() -> None:
 
 def is_guided(pipe: Any, call: dict[str, Any]) -> bool:
     """Does a call double its rows for classifier-free guidance?"""
-    default = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
-    return bool(call.get("guidance_scale", default) > 1 and pipe.unet.config.time_cond_proj_dim is None)
+    name = check_pipeline(pipe).guidance
+    if not name:
+        return False
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    if name == "true_cfg_scale" and call.get("negative_prompt") is None:
+        return False
+    embedded = getattr(getattr(getattr(pipe, "unet", None), "config", None), "time_cond_proj_dim", None)
+    return bool(call.get(name, parameters[name].default) > 1 and embedded is None)
 
 
-def vae_decoder(pipe: Any) -> Callable[[Tensor], Tensor]:
-    """Latents as `step` sees them, (N, C, h, w), to images (N, 3, H, W) in [0, 1], as the pipeline itself decodes them."""
-
-    def decode(latents: Tensor) -> Tensor:
-        vae = pipe.vae
-        with torch.no_grad():
-            images = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-        decoded: Tensor = (images / 2 + 0.5).clamp(0, 1)
-        return decoded
-
-    return decode
+def denoisers_of(pipe: Any) -> list[Any]:
+    """The networks that are called at every step."""
+    return [m for m in (getattr(pipe, n, None) for n in DENOISERS) if m is not None]
 
 
-def as_images(pipe: Any, samples: Tensor) -> list[Any]:
-    """Samples (N, 3, H, W) in [0, 1] to PIL images, rounded as diffusers rounds; blacked out where a safety checker says so."""
+def decoder_of(pipe: Any, **call: Any) -> Callable[[Tensor], Tensor]:
+    """The decoder of a pipeline: latents as `step` sees them, to samples as the pipeline itself makes them.
+
+    Args:
+        call: the arguments that decide sizes (height, width, num_frames, audio_end_in_s), where they are not the defaults.
+
+    Raises:
+        UnsupportedError: a pipeline class that cannot be steered.
+    """
+    return partial(check_pipeline(pipe).layout, pipe, size_of(pipe, call))
+
+
+def as_images(pipe: Any, samples: Tensor) -> list[Any] | None:
+    """Samples (N, 3, H, W) in [0, 1] to PIL images, rounded as diffusers rounds; blacked out where a safety checker says so.
+    Of a video (N, F, 3, H, W) a list of its frames; None for sound."""
     from diffusers.image_processor import VaeImageProcessor
 
+    if samples.ndim == 3:
+        return None
+    if samples.ndim == 5:
+        return [as_images(pipe, frames) for frames in samples]
     if getattr(pipe, "safety_checker", None) is not None:
         signed, flags = pipe.run_safety_checker(samples * 2 - 1, samples.device, samples.dtype)
         black = torch.tensor([bool(f) for f in flags], device=samples.device)[:, None, None, None]
@@ -117,8 +151,9 @@ def as_images(pipe: Any, samples: Tensor) -> list[Any]:
 class DiffusersSession(Session):
     """A session over a pipeline: a shadow of it (`copy.copy`, components shared) carries the steered scheduler.
 
-    Prompts are encoded once, one at a time, so that an embedding does not depend on the other prompts. A segment is one call of
-    the unmodified pipeline, which skips the grid before `start` and ends at `stop`.
+    Texts are encoded once a session, by the pipeline's own encoder behind a memory (`diffsteer.conditions`). A segment is one
+    call of the unmodified pipeline, which skips the grid before `start` and ends at `stop`. Classes that cannot be cut so
+    (`diffsteer.families`) run in one call.
 
     Raises:
         UnsupportedError, DiffsteerError: see `check_pipeline`, `check_call`, `diffsteer.scheduler.install`.
@@ -127,7 +162,7 @@ class DiffusersSession(Session):
     def __init__(
         self,
         pipe: Any,
-        prompts: Sequence[str],
+        prompts: Sequence[Any],
         *,
         num_inference_steps: int | None = None,
         negative_prompt: str | Sequence[str] | None = None,
@@ -137,63 +172,83 @@ class DiffusersSession(Session):
         **keys: Any,
     ) -> None:
         super().__init__(prompts, **keys)
-        check_pipeline(pipe)
+        self.family = check_pipeline(pipe)
         call = recommended(pipe) | (call or {})
         advised = call.pop("num_inference_steps", None)
         check_call(pipe, call)
-        defaults = inspect.signature(type(pipe).__call__).parameters
-        self.steps = int(num_inference_steps or advised or defaults["num_inference_steps"].default)
-        self.guidance_scale = float(call.get("guidance_scale", defaults["guidance_scale"].default))
-        self.user, self.call, self.given = pipe, call, latents
+        self._parameters = inspect.signature(type(pipe).__call__).parameters
+        custom = {k: call.pop(k) for k in ("timesteps", "sigmas") if call.get(k) is not None}
+        self._grid_call = custom or {
+            "num_inference_steps": int(num_inference_steps or advised or self._default("num_inference_steps"))
+        }
+        self.guidance_scale = float(call.get("guidance_scale", self._default("guidance_scale") or 1.0))
+        self.user, self.given = pipe, latents
+        self.each = self._given_per_prompt(call, negative_prompt)
+        self.call = {k: v for k, v in call.items() if k not in self.each}
         self.embedded = is_embedded(pipe)
-        self.decoder = vae_decoder(pipe) if decode else None
+        self.decoder = decoder_of(pipe, **call) if decode else None
+        self._size = size_of(pipe, call)
         self.shadow = copy.copy(pipe)
         self._control = _SegmentControl(self, self.shadow)
         self.shadow.scheduler = install(pipe.scheduler, self._control)
         self.shadow._progress_bar_config = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
-        self._denoisers = [m for m in (getattr(pipe, n, None) for n in ("unet", "transformer")) if m is not None]
+        if hasattr(pipe, "encode_prompt"):
+            self.shadow.encode_prompt = Memory(self.shadow.encode_prompt, self.family.together)
+        self._denoisers = denoisers_of(pipe)
         self._watch = Watch(self.ledger, keep=True)
         self._outputs: list[Tensor] = []
         self.interrupted = self._stopped = False  # by a user's callback
-        self._device = pipe._execution_device  # asked once: it walks through all modules
-        self._probe_grid()
-        with torch.no_grad():
-            self._embed(negative_prompt)
+        self._probe()
 
-    def _probe_grid(self) -> None:
-        """Walk into the grid once, to know its levels before any work is done."""
-        scheduler, device, config = self.shadow.scheduler, self._device, self.user.unet.config
-        custom = {k: self.call[k] for k in ("timesteps", "sigmas") if self.call.get(k) is not None}
-        self._grid_call = custom or {"num_inference_steps": self.steps}
+    def _default(self, name: str) -> Any:
+        return self._parameters[name].default if name in self._parameters else None
+
+    def _given_per_prompt(self, call: dict[str, Any], negative_prompt: Any) -> dict[str, list[Any]]:
+        """Arguments with one value a prompt: their rows follow the blocks."""
+        each = {k: list(call[k]) for k in PER_PROMPT if isinstance(call.get(k), (list, tuple, Tensor))}
+        if negative_prompt is not None:
+            given = [negative_prompt] * len(self.prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+            each["negative_prompt"] = given
+        for name, values in each.items():
+            if len(values) != len(self.prompts):
+                what = name.replace("_", " ") + ("s" if len(values) != 1 else "")
+                raise DiffsteerError(f"{len(values)} {what} for {len(self.prompts)} prompts; give one, or one each")
+        return each
+
+    def _probe(self) -> None:
+        """Call the pipeline for one row with an empty part of the grid: its levels, and the shape and scale of its states."""
+        control = self._control
+        control.start = control.stop = 0
+        control.rows = [0]
+        quiet_call = {k: None for k in ("callback_on_step_end",) if k in self.call}
+        prepared: list[Tensor] = []
+        prepare = getattr(self.shadow, "prepare_latents", None)
+
+        def spy(*args: Any, **kwargs: Any) -> Any:
+            made = prepare(*args, **kwargs)  # type: ignore[misc]
+            prepared.append(made[0] if isinstance(made, tuple) else made)
+            return made
+
+        if prepare is not None:
+            self.shadow.prepare_latents = spy
+        out = None
         try:
-            scheduler.set_timesteps(device=device, **self._grid_call)
+            with torch.no_grad():
+                out = self.shadow(**{**self._arguments([0], 0), **quiet_call})[0]
+        except UnboundLocalError:  # a pipeline that returns what only a step makes
+            pass
         except (TypeError, ValueError) as error:
-            raise DiffsteerError(f"{type(self.user.scheduler).__name__}: {error}") from error
-        self.steps = len(scheduler.timesteps)
-        self.levels = scheduler.levels if self.eta else []
+            raise DiffsteerError(f"{type(self.user.scheduler).__name__} in {type(self.user).__name__}: {error}") from error
+        finally:
+            if prepare is not None:
+                del self.shadow.prepare_latents
+        scheduler = self.shadow.scheduler
+        self.steps = len(scheduler._grid) - control.skipped
+        self.levels = scheduler.levels[control.skipped :] if self.eta else []
         self._noise_scale = float(scheduler.own_init_noise_sigma)
-        tall, wide = config.sample_size if isinstance(config.sample_size, (list, tuple)) else (config.sample_size,) * 2
-        height, width = self.call.get("height"), self.call.get("width")
-        factor = self.user.vae_scale_factor
-        self.shape = (config.in_channels, height // factor if height else tall, width // factor if width else wide)
-
-    def _embed(self, negative_prompt: str | Sequence[str] | None) -> None:
-        pipe, guided = self.user, is_guided(self.user, self.call)
-        if negative_prompt is None or isinstance(negative_prompt, str):
-            negatives: list[Any] = [negative_prompt] * len(self.prompts)
-        else:
-            negatives = list(negative_prompt)
-        if len(negatives) != len(self.prompts):
-            raise DiffsteerError(f"{len(negatives)} negative prompts for {len(self.prompts)} prompts; give one, or one each")
-        lora_scale = (self.call.get("cross_attention_kwargs") or {}).get("scale")
-        options = {"lora_scale": lora_scale, "clip_skip": self.call.get("clip_skip")}
-        known: dict[tuple[str, Any], tuple[Tensor, Tensor | None]] = {}
-        for pair in zip(self.prompts, negatives, strict=True):
-            if pair not in known:
-                known[pair] = pipe.encode_prompt(pair[0], self._device, 1, guided, negative_prompt=pair[1], **options)
-        found = [known[pair] for pair in zip(self.prompts, negatives, strict=True)]
-        self.embeds = torch.cat([f[0] for f in found])
-        self.negatives = torch.cat([f[1] for f in found if f[1] is not None]) if guided else None
+        if self.family.takes_latents:
+            first = out if self.family.returns_states and out is not None else prepared[0]
+            self.shape, self._dtype, self._device = tuple(first.shape[1:]), first.dtype, first.device
 
     def guidance(self) -> tuple[Tensor, Tensor]:
         """The unconditional and the conditional output of the last block's last step, before they were mixed, (N, ...) each."""
@@ -208,7 +263,7 @@ class DiffusersSession(Session):
         return self._scale_noise(self.given if rows is None else self.given[list(rows)])
 
     def _scale_noise(self, noise: Tensor) -> Tensor:
-        return (noise * self._noise_scale).to(self._device, self.embeds.dtype)
+        return (noise * self._noise_scale).to(self._device, self._dtype)
 
     def segment(self, x: Tensor, start: int, stop: int, rows: Sequence[int] | None = None) -> Arrival:
         """As in `Session`. Once a user's callback has interrupted the pipeline, later segments leave the states as they are.
@@ -229,14 +284,21 @@ class DiffusersSession(Session):
         return arrival
 
     def walk(self, select: Selection) -> Tensor:
-        """As in `Session`; with a user's callback and one block of rows it is one call, selection happening inside `step`,
-        so that whatever the callback changes lasts."""
+        """As in `Session`; in one call, selection happening inside `step`, where the class cannot be cut, or where a user's
+        callback is to keep what it changes and one block of rows holds all.
+
+        Raises:
+            UnsupportedError: a class that cannot be cut, in several blocks.
+        """
         whole = self.chunk is None or (self.chunk >= self.rows and not self.deterministic)
-        if self.call.get("callback_on_step_end") is None or not whole:
+        if self.family.no_reentry and not whole:
+            name, reason = type(self.user).__name__, self.family.no_reentry
+            raise UnsupportedError(f"{name} runs all particles in one call, since {reason}: leave chunk and deterministic out")
+        if not self.family.no_reentry and (self.call.get("callback_on_step_end") is None or not whole):
             return super().walk(select)
         self._control.select = select
         try:
-            x = self.segment(self.noise(), 0, self.steps).x
+            x = self.segment(self.noise() if self.family.takes_latents else torch.empty(self.rows), 0, self.steps).x
         finally:
             self._control.select = None
         for event in select.events[len(select.infos) :]:  # the callback stopped the run before
@@ -244,20 +306,34 @@ class DiffusersSession(Session):
         return x
 
     def _segment(self, x: Tensor, start: int, stop: int, rows: Sequence[int]) -> Arrival:
-        prompts = [r // self.particles for r in rows]
-        call = {**self.call, **self._grid_call, "prompt_embeds": self.embeds[prompts], "latents": x, "output_type": "latent"}
-        if self.negatives is not None:
-            call["negative_prompt_embeds"] = self.negatives[prompts]
-        # our transition draws by key; a user's own stochastic step draws from these, a stream for each row
-        call["generator"] = [rng.generator(self.seed, *self.key(r), start, "native") for r in rows]
+        call = self._arguments(rows, start)
+        if self.family.takes_latents:
+            call["latents"] = self.family.enter(self.user, self._size, x)
         if call.get("callback_on_step_end") is not None and (start, stop) != (0, self.steps):
             call |= _only_latents(call["callback_on_step_end"])
         control = self._control
-        control.start, control.stop, control.rows, control.x0 = start, stop, rows, x
-        with watching(self._watch, *self._denoisers):
-            out = self.shadow(**call).images
-        self._stopped |= bool(self.shadow._interrupt)
-        return Arrival(out, control.x0)
+        control.start, control.stop, control.rows, control.x, control.x0 = start, stop, rows, x, x
+        try:
+            with watching(self._watch, *self._denoisers):
+                out = self.shadow(**call)[0]
+        finally:
+            if hasattr(self.shadow, "maybe_free_model_hooks"):
+                self.shadow.maybe_free_model_hooks()
+        self._stopped |= bool(getattr(self.shadow, "_interrupt", False))
+        return Arrival(out if self.family.returns_states else control.x, control.x0)
+
+    def _arguments(self, rows: Sequence[int], start: int) -> dict[str, Any]:
+        """Of a call of the pipeline for these rows."""
+        prompts = [r // self.particles for r in rows]
+        call = {**self.call, **self._grid_call, **{name: [values[p] for p in prompts] for name, values in self.each.items()}}
+        texts = [self.prompts[p] for p in prompts]
+        call[self.family.prompt] = len(texts) if self.family.prompt == "batch_size" else texts
+        # our transition draws by key; first states that the pipeline draws itself, and a user's own stochastic step, come from
+        # these, a stream for each row
+        call["generator"] = [rng.generator(self.seed, *self.key(r), start, "native") for r in rows]
+        if "output_type" in self._parameters:
+            call["output_type"] = "latent" if self.family.returns_states else "pt"
+        return call
 
 
 def _only_latents(callback: Any) -> dict[str, Any]:
@@ -288,6 +364,26 @@ def grid_length(pipe: Any, steps: int, eta: float | None) -> int:
     return len(scheduler.timesteps)
 
 
+class Record:
+    """The control of a scheduler that is not steered: the user's own steps, and the states that they lead to."""
+
+    eta, start, stop, pipe, unit_noise, skipped, interrupts = None, 0, None, None, False, 0, False
+
+    def __init__(self, doubled: bool) -> None:
+        self.doubled, self.steps, self.x = doubled, 0, torch.empty(0)
+
+    def begin(self, scheduler: Any) -> None:
+        """A call of the pipeline has set its grid."""
+
+    def noise(self, index: int, sample: Tensor, generator: Any) -> Tensor:
+        """Never asked for: without eta there is no transition of ours."""
+        return torch.zeros_like(sample)
+
+    def arrived(self, index: int, total: int, x: Tensor, x0: Tensor, generator: Any) -> Tensor:
+        self.x, self.steps = x, self.steps + 1
+        return x
+
+
 class _SegmentControl:
     """What the scheduler of a session's shadow asks: the segment in hand."""
 
@@ -295,9 +391,13 @@ class _SegmentControl:
 
     def __init__(self, session: DiffusersSession, shadow: Any) -> None:
         self.session, self.pipe = session, shadow
-        self.start, self.stop = 0, session.steps
+        self.start = self.stop = 0
         self.rows: Sequence[int] = []
+        self.x: Tensor = torch.empty(0)
         self.x0: Tensor = torch.empty(0)
+        self.skipped = 0  # of the grid, by a pipeline that starts in its middle
+        self.doubled = session.family.doubled
+        self.interrupts = "interrupt" in inspect.unwrap(type(shadow).__call__).__code__.co_names
         self.select: Selection | None = None
 
     @property
@@ -308,11 +408,13 @@ class _SegmentControl:
         """A call of the pipeline has set its grid."""
 
     def noise(self, index: int, sample: Tensor, generator: Any) -> Tensor:
-        return self.session.step_noise(self.rows, index)
+        self.session.shape = tuple(sample.shape[1:])  # a session whose first states the pipeline draws learns it here
+        return self.session.step_noise(self.rows, index - self.skipped)
 
     def arrived(self, index: int, total: int, x: Tensor, x0: Tensor, generator: Any) -> Tensor:
-        self.x0 = x0
         self.session._outputs = self.session._watch.take()
-        if self.select is not None and index + 1 in self.select.events:
-            x = self.select(index + 1, x, x0)
+        done = index + 1 - self.skipped
+        if self.select is not None and done in self.select.events:
+            x = self.select(done, x, x0)
+        self.x, self.x0 = x, x0
         return x

@@ -66,7 +66,9 @@ def image(pipe: Any, size: Size, z: Tensor) -> Tensor:
     """One image a row, (N, C, h, w), scaled and perhaps shifted, or normalised by channel."""
     vae, config = pipe.vae, pipe.vae.config
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-        mean, std = (torch.tensor(config[key], device=z.device, dtype=z.dtype)[:, None, None] for key in ("latents_mean", "latents_std"))
+        mean, std = (
+            torch.tensor(config[key], device=z.device, dtype=z.dtype)[:, None, None] for key in ("latents_mean", "latents_std")
+        )
         z = z * std / config.scaling_factor + mean
     else:
         z = z / config.scaling_factor + (config.get("shift_factor") or 0)
@@ -147,7 +149,10 @@ def spectrogram(pipe: Any, size: Size, z: Tensor) -> Tensor:
 def _video(pipe: Any, z: Tensor) -> Tensor:
     vae = pipe.vae
     z = z.to(vae.dtype)
-    mean, std = (torch.tensor(vae.config[key], device=z.device, dtype=z.dtype).view(1, -1, 1, 1, 1) for key in ("latents_mean", "latents_std"))
+    mean, std = (
+        torch.tensor(vae.config[key], device=z.device, dtype=z.dtype).view(1, -1, 1, 1, 1)
+        for key in ("latents_mean", "latents_std")
+    )
     return unit_range(_decode(vae, z * std + mean)).transpose(1, 2)
 
 

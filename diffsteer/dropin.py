@@ -61,7 +61,7 @@ def steered(
 class Steering:
     """The control of a drop-in scheduler, and the record of its last run."""
 
-    start, stop, pipe, unit_noise = 0, None, None, False
+    start, stop, pipe, unit_noise, skipped, interrupts, doubled = 0, None, None, False, 0, False, False
 
     def __init__(
         self, sampler: Any, reward: Any, decoder: Any, prompts: Any, ids: Any, choice: Any, output: str, chunk: int | None
@@ -155,11 +155,11 @@ class Steering:
 def _decoder(decoder: Any) -> tuple[Callable[[Tensor], Tensor] | None, bool]:
     if decoder is None or (isinstance(decoder, str) and decoder == "none"):
         return None, False
-    if hasattr(decoder, "vae"):
-        from diffsteer.backend import vae_decoder
+    if hasattr(decoder, "scheduler"):
+        from diffsteer.backend import decoder_of
         from diffsteer.shapes.models import is_embedded
 
-        return vae_decoder(decoder), is_embedded(decoder)
+        return decoder_of(decoder), is_embedded(decoder)
     if callable(decoder):
         return decoder, False
     raise DiffsteerError(f'decoder={decoder!r}; valid: the pipeline, a callable latents -> samples, or "none"')

@@ -38,7 +38,9 @@ class Family:
         enter: from states as `step` sees them to what ``latents=`` wants.
         doubled: `step` is handed every row twice, the guided estimate in both halves.
         together: conditions of one row depend on the other rows', so all are encoded at once.
-        guided: does this call double its evaluations for classifier-free guidance?
+        prompt: the argument that a session's prompts enter by; "batch_size" takes their number alone.
+        guidance: the argument whose values above 1 double the evaluations; "" where none does.
+        returns_states: the call can return its last states, as `step` left them.
     """
 
     layout: Layout
@@ -48,7 +50,9 @@ class Family:
     enter: Callable[[Any, Size, Tensor], Tensor] = as_it_is
     doubled: bool = False
     together: bool = False
-    output: str = "images"
+    prompt: str = "prompt"
+    guidance: str = "guidance_scale"
+    returns_states: bool = True
 
 
 NO_LATENTS = "its call takes no latents="
@@ -59,30 +63,34 @@ FAMILIES: dict[str, Family] = {
     "StableDiffusionControlNetPipeline": Family(decoding.image),
     "StableDiffusionImg2ImgPipeline": Family(decoding.image, no_reentry=NO_LATENTS, takes_latents=False),
     "StableDiffusionInpaintPipeline": Family(decoding.image, no_reentry=IMAGE_AS_NOISE),
-    "LatentConsistencyModelPipeline": Family(decoding.image),
+    "LatentConsistencyModelPipeline": Family(decoding.image, guidance="", returns_states=False),
     "StableDiffusionXLPipeline": Family(decoding.image),
     "StableDiffusionXLImg2ImgPipeline": Family(
         decoding.image, no_reentry="its call cuts the time grid by strength=", takes_latents=False
     ),
     "StableDiffusion3Pipeline": Family(decoding.image),
-    "FluxPipeline": Family(decoding.packed),
-    "Flux2Pipeline": Family(decoding.patched, enter=unrolled),
-    "QwenImagePipeline": Family(decoding.packed_video_vae),
+    "FluxPipeline": Family(decoding.packed, guidance="true_cfg_scale"),
+    "Flux2Pipeline": Family(decoding.patched, enter=unrolled, guidance=""),
+    "QwenImagePipeline": Family(decoding.packed_video_vae, guidance="true_cfg_scale"),
     "ZImagePipeline": Family(decoding.image),
     "PixArtSigmaPipeline": Family(decoding.image),
     "SanaPipeline": Family(decoding.image),
     "HunyuanDiTPipeline": Family(decoding.image),
     "Lumina2Pipeline": Family(decoding.image),
     "AuraFlowPipeline": Family(decoding.image),
-    "AnimateDiffPipeline": Family(decoding.video_by_image, output="frames"),
-    "WanPipeline": Family(decoding.video, output="frames"),
-    "CogVideoXPipeline": Family(decoding.frames_first, output="frames"),
-    "LTXPipeline": Family(decoding.packed_video, output="frames"),
-    "HunyuanVideoPipeline": Family(decoding.scaled_video, output="frames"),
-    "StableAudioPipeline": Family(decoding.sound, output="audios"),
-    "AudioLDM2Pipeline": Family(decoding.spectrogram, together=True, output="audios"),
-    "DDPMPipeline": Family(decoding.pixels, no_reentry=NO_LATENTS, takes_latents=False),
-    "DiTPipeline": Family(decoding.image, no_reentry=NO_LATENTS, takes_latents=False, doubled=True),
+    "AnimateDiffPipeline": Family(decoding.video_by_image),
+    "WanPipeline": Family(decoding.video),
+    "CogVideoXPipeline": Family(decoding.frames_first),
+    "LTXPipeline": Family(decoding.packed_video),
+    "HunyuanVideoPipeline": Family(decoding.scaled_video, guidance="true_cfg_scale"),
+    "StableAudioPipeline": Family(decoding.sound),
+    "AudioLDM2Pipeline": Family(decoding.spectrogram, together=True),
+    "DDPMPipeline": Family(
+        decoding.pixels, no_reentry=NO_LATENTS, takes_latents=False, prompt="batch_size", guidance="", returns_states=False
+    ),
+    "DiTPipeline": Family(
+        decoding.image, no_reentry=NO_LATENTS, takes_latents=False, doubled=True, prompt="class_labels", returns_states=False
+    ),
 }
 
 

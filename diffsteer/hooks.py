@@ -37,6 +37,8 @@ class Watch:
         if _active.get() is not self:
             return
         prediction = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+        if isinstance(prediction, list):  # a row each, perhaps of several sizes
+            prediction = torch.stack(prediction)
         if prediction.is_cuda:
             torch.cuda.synchronize()
         self.ledger.seconds["denoiser"] = self.ledger.seconds.get("denoiser", 0.0) + time.perf_counter() - self._started

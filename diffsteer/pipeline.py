@@ -229,8 +229,9 @@ class SteeredPipeline:
         """The user's own pipeline, scheduler and generator; only counted, and scored at the end."""
         if isinstance(self.pipe, CallableModel):
             raise UnsupportedError("a CallableModel has no sampler of its own; BestOfN(particles=1, eta=0) is the plain ODE")
-        from diffsteer.backend import as_images, check_call, check_pipeline, vae_decoder
+        from diffsteer.backend import Record, as_images, check_call, check_pipeline, decoder_of, denoisers_of
         from diffsteer.hooks import Watch, watching
+        from diffsteer.scheduler import install
         from diffsteer.shapes.models import is_embedded, recommended
 
         check_pipeline(self.pipe)
@@ -242,15 +243,22 @@ class SteeredPipeline:
             if reward is not None:
                 reward.prepare(asked, Context(embedded=embedded))
         shadow = copy.copy(self.pipe)
-        shadow.scheduler = copy.deepcopy(self.pipe.scheduler)
-        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
-        call = recommended(self.pipe) | call | {"negative_prompt": negatives, "latents": latents, "output_type": "latent"}
-        with watching(Watch(ledger), self.pipe.unet):
-            x = shadow(prompts, generator=generator, **call).images
-        decode = vae_decoder(self.pipe) if self.decoder == "full" else None
+        family = check_pipeline(self.pipe)
+        call = recommended(self.pipe) | call
+        asking: dict[str, Any] = {family.prompt: len(prompts) if family.prompt == "batch_size" else prompts}
+        if negative_prompt is not None:
+            asking["negative_prompt"] = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
+        if latents is not None:
+            asking["latents"] = latents
+        record = Record(family.doubled)
+        shadow.scheduler = install(self.pipe.scheduler, record)
+        with watching(Watch(ledger), *denoisers_of(self.pipe)):
+            own = shadow(**asking, generator=generator, **call, **({"output_type": "latent"} if family.returns_states else {}))
+        x = own[0] if family.returns_states else record.x
+        decode = decoder_of(self.pipe, **call) if self.decoder == "full" else None
         scorer = Scorer(self.reward, decode, asked, ledger, embedded)
         samples = scorer.decode(x)
-        steps = shadow._num_timesteps
+        steps = record.steps
         rewards = scorer.score(samples, steps, steps)
         ledger.seconds["total"] = time.perf_counter() - started
         ledger.close()

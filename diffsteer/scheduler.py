@@ -26,9 +26,7 @@ _NO_TRANSITION = {
     "KDPM2AncestralDiscreteScheduler",
     "DPMSolverSDEScheduler",
     "IPNDMScheduler",
-    "EDMEulerScheduler",
-    "EDMDPMSolverMultistepScheduler",
-    "CosineDPMSolverMultistepScheduler",
+    "FlowMatchHeunDiscreteScheduler",
     "CogVideoXDPMScheduler",
 }
 _PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "velocity"}
@@ -56,6 +54,14 @@ class Control(Protocol):
     @property
     def unit_noise(self) -> bool: ...
 
+    @property
+    def interrupts(self) -> bool: ...
+
+    @property
+    def doubled(self) -> bool: ...
+
+    skipped: int
+
     def begin(self, scheduler: Any) -> None: ...
 
     def noise(self, index: int, sample: Tensor, generator: Any) -> Tensor: ...
@@ -77,10 +83,23 @@ class _Grid(Tensor):
         for k, t in enumerate(self.as_subclass(Tensor).unbind(0)):
             if control.stop is not None and k >= control.stop:
                 return
-            if not (entered and control.pipe._interrupt):  # a user's callback may have set it: then it stays
+            if not control.interrupts:  # the loop does not look: leave entries out, its index is then its own
+                if k < control.start:
+                    continue
+            elif not (entered and control.pipe._interrupt):  # a user's callback may have set it: then it stays
                 control.pipe._interrupt = k < control.start
             entered = k >= control.start
             yield t
+
+    def __getitem__(self, index: Any) -> Any:
+        """Image-to-image pipelines start in the middle: they walk a slice."""
+        part = self.as_subclass(Tensor)[index]
+        if not isinstance(index, slice) or index.stop is not None or not index.start:
+            return part
+        self.control.skipped = index.start
+        part = part.as_subclass(_Grid)
+        part.control = self.control
+        return part
 
 
 class SteeringMixin:
@@ -134,7 +153,7 @@ class SteeringMixin:
         """The scale of the first noise by the user's scheduler: an attribute in some classes, a property in others."""
         if "_init_noise_sigma" in self.__dict__:
             return self.__dict__["_init_noise_sigma"]
-        return super().init_noise_sigma  # type: ignore[misc]
+        return getattr(super(), "init_noise_sigma", 1.0)  # flow schedulers have none
 
     def step(
         self,
@@ -149,6 +168,8 @@ class SteeringMixin:
         """One transition. `eta` and the further arguments reach only the user's own `step`."""
         k, control = self._locate(timestep), self._control
         self.prediction = model_output
+        if control.doubled:
+            model_output, sample = model_output[: len(sample) // 2], sample[: len(sample) // 2]
         if control.eta:
             x0, x_next = self._transition(k, model_output, sample, control, generator)
             self._step_index = k + 1  # scale_model_input of the sigma classes reads it
@@ -161,6 +182,8 @@ class SteeringMixin:
             x0 = x_next if estimate is None else estimate
         self._index = k + 1
         x_next = control.arrived(k, len(self._grid), x_next.to(sample.dtype), x0, generator)
+        if control.doubled:
+            x_next, x0 = torch.cat([x_next] * 2), torch.cat([x0] * 2)
         return _StepOutput(x_next, x0) if return_dict else (x_next, x0)
 
     def _transition(
@@ -170,7 +193,13 @@ class SteeringMixin:
         at, to = self.levels[k], self.levels[k + 1]
         config: Any = self.config  # type: ignore[attr-defined]
         output = model_output[:, : sample.shape[1]].to(work)  # a learned variance rides along as further channels
-        x0, eps = to_clean(_PREDICTIONS[config.prediction_type], sample.to(work), output, at)
+        x, prediction = sample.to(work), _prediction(self)
+        if prediction == "preconditioned":
+            sigma = float(at.sigma)
+            x0 = self.precondition_outputs(x, output, sigma)  # type: ignore[attr-defined]
+            eps = (x - x0) / sigma
+        else:
+            x0, eps = to_clean(prediction, x, output, at)
         if getattr(config, "clip_sample", False):
             x0 = x0.clamp(-config.clip_sample_range, config.clip_sample_range)
         z = (
@@ -257,13 +286,25 @@ def _refuse(scheduler: Any) -> None:
         )
     if getattr(config, "thresholding", False):
         raise UnsupportedError(f"{name} has thresholding=True, which the transition does not follow; set it to False")
-    if getattr(config, "prediction_type", "epsilon") not in _PREDICTIONS:
+    if _prediction(scheduler) == "":
         valid = ", ".join(_PREDICTIONS)
-        raise UnsupportedError(f"{name} has prediction_type={config.prediction_type!r}; the transition knows {valid}")
-    if not hasattr(config, "prediction_type"):
-        raise UnsupportedError(f"{name} does not say what its model predicts; use DDIMScheduler or EulerDiscreteScheduler")
-    if not (hasattr(scheduler, "alphas_cumprod") or hasattr(scheduler, "_sigma_to_alpha_sigma_t")):
+        said = getattr(config, "prediction_type", None)
+        raise UnsupportedError(f"{name} has prediction_type={said!r}; the transition knows {valid}")
+    known = ("alphas_cumprod", "_sigma_to_alpha_sigma_t", "precondition_outputs")
+    if not (_is_flow(scheduler) or any(hasattr(scheduler, what) for what in known)):
         raise UnsupportedError(f"{name}: its levels are not known; use DDIMScheduler or EulerDiscreteScheduler")
+
+
+def _is_flow(scheduler: Any) -> bool:
+    return any(cls.__name__ == "FlowMatchEulerDiscreteScheduler" for cls in type(scheduler).__mro__)
+
+
+def _prediction(scheduler: Any) -> str:
+    """What the model predicts, in the words of `to_clean`; "preconditioned" where the scheduler knows how to read it; "" if unknown."""
+    if hasattr(scheduler, "precondition_outputs"):
+        return "preconditioned"
+    said = "flow_prediction" if _is_flow(scheduler) else getattr(scheduler.config, "prediction_type", None)
+    return _PREDICTIONS.get(str(said), "")
 
 
 def _refuse_rising(scheduler: Any) -> None:
@@ -287,6 +328,10 @@ def _drop_repeats(scheduler: Any) -> None:
 
 def scheduler_levels(scheduler: Any) -> list[Level]:
     """The levels of a scheduler's grid after `set_timesteps`, the last one after its final step included: T + 1 of them."""
+    if _is_flow(scheduler):
+        return [level(1 - s, s) for s in scheduler.sigmas.double()]
+    if hasattr(scheduler, "precondition_outputs"):
+        return [level(1.0, s) for s in scheduler.sigmas.double()]
     if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
         return [level(*scheduler._sigma_to_alpha_sigma_t(s)) for s in scheduler.sigmas.double()]
     if getattr(scheduler, "sigmas", None) is not None:

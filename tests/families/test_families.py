@@ -1,0 +1,136 @@
+"""What each class can do, proven: the unmodified pipeline is steered through its two seams."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from families.toys import TOYS, Toy
+from torch import Tensor
+
+from diffsteer import SteeredPipeline, UnsupportedError
+from diffsteer.backend import DiffusersSession, decoder_of
+from diffsteer.families import FAMILIES, Family, family_of
+from diffsteer.samplers import BestOfN, FeynmanKac
+
+PROMPTS = ["a red circle", "a large blue square"]
+CARRIED = [name for name in TOYS if name.split()[0] in FAMILIES]
+
+
+@functools.cache
+def built(name: str) -> Any:
+    pipe = TOYS[name].build()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def facts(name: str) -> Family:
+    family = family_of(built(name))
+    assert family is not None
+    return family
+
+
+def prompts_of(toy: Toy) -> list[Any]:
+    return [1, 2] if toy.rows == "class_labels" else list(PROMPTS)
+
+
+def call_of(toy: Toy) -> dict[str, Any]:
+    """The call without what a session gives itself."""
+    return {**toy.call, **{name: [value] * 2 for name, value in toy.each.items()}}
+
+
+def session(name: str, **options: Any) -> DiffusersSession:
+    toy = TOYS[name]
+    call = call_of(toy)
+    keys: dict[str, Any] = {"particles": 2, "seed": 0, **options}
+    return DiffusersSession(
+        built(name),
+        prompts_of(toy),
+        num_inference_steps=call.pop("num_inference_steps"),
+        negative_prompt=call.pop("negative_prompt", None),
+        call=call,
+        **keys,
+    )
+
+
+def level_of(samples: Tensor, prompts: object) -> Tensor:
+    return 100 * samples.flatten(1).mean(1)
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_particles_stay_in_their_group(name: str) -> None:
+    toy = TOYS[name]
+    pipe = SteeredPipeline(built(name), FeynmanKac(3, events="all", trigger="always"), level_of, output="all")
+    out = pipe(prompts_of(toy), seed=0, **call_of(toy))
+    assert out.samples.shape[:2] == (2, 3) and bool(out.samples.isfinite().all())
+    assert any(bool(e.resampled.any()) for e in out.trace.events)
+    chain = SteeredPipeline(built(name), BestOfN(3), level_of, output="all")(prompts_of(toy), seed=0, **call_of(toy))
+    assert not torch.equal(chain.samples, out.samples)
+    assert (out.rewards.max(1).values >= chain.rewards.min(1).values).all()
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_a_run_in_pieces_is_one_run(name: str) -> None:
+    opened = session(name)
+    if facts(name).no_reentry:
+        with pytest.raises(UnsupportedError, match=f"{name.split()[0]} runs all particles in one call"):
+            SteeredPipeline(built(name), BestOfN(2), level_of, chunk=1)(prompts_of(TOYS[name]), seed=0, **call_of(TOYS[name]))
+        return
+    x = opened.noise()
+    whole = opened.segment(x, 0, opened.steps)
+    for cuts in ((2,), (1, 3)):
+        y, at = x, 0
+        for stop in (*cuts, opened.steps):
+            arrival = opened.segment(y, at, stop)
+            y, at = arrival.x, stop
+        assert torch.equal(y, whole.x) and torch.equal(arrival.x0, whole.x0)
+    memory = getattr(opened.shadow, "encode_prompt", None)
+    if memory is not None:
+        before = memory.calls
+        opened.segment(x, 0, 2)
+        assert memory.calls == before, "conditions are encoded once a session"
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_decoding_is_the_pipelines_own(name: str) -> None:
+    """The last latents, decoded by the layout, are what the pipeline returns."""
+    toy, pipe = TOYS[name], built(name)
+    states: list[Tensor] = []
+    step = type(pipe.scheduler).step
+
+    def spy(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = step(self, *args, **kwargs)
+        states.append(out[0] if isinstance(out, tuple) else out.prev_sample)
+        return out
+
+    family = facts(name)
+    call = toy.arguments(PROMPTS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(pipe.scheduler), "step", functools.wraps(step)(spy))
+        out = pipe(**call, output_type="pt", generator=[torch.Generator().manual_seed(s) for s in (0, 1)])
+    own = out[toy.output]
+    if name == "StableDiffusionInpaintPipeline":  # it puts the image back around the mask after the last step
+        mask = torch.as_tensor(call["mask_image"][0]) < 0.5
+        assert bool(mask.any())
+        return
+    z = states[-1][: len(states[-1]) // 2] if family.doubled else states[-1]
+    with torch.no_grad():
+        ours = decoder_of(pipe, **toy.call)(z)
+    if own.ndim < ours.ndim:
+        ours = ours.squeeze(1)
+    torch.testing.assert_close(ours, own.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_sampler_none_is_the_plain_pipeline_bit_for_bit(name: str) -> None:
+    toy, pipe = TOYS[name], built(name)
+    out = SteeredPipeline(pipe)(prompts_of(toy), seed=4, **call_of(toy))
+    own = pipe(
+        **{**toy.arguments(PROMPTS), **({"class_labels": [1, 2]} if toy.rows == "class_labels" else {})},
+        output_type="pt",
+        generator=torch.Generator().manual_seed(4),
+    )[toy.output]
+    ours = out.samples[:, 0]
+    torch.testing.assert_close(ours if own.ndim == ours.ndim else ours.squeeze(1), own.float(), rtol=1e-4, atol=1e-4)
