@@ -6,7 +6,9 @@ import copy
 import difflib
 import inspect
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,7 +16,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffsteer import rng
 from diffsteer.conditions import Memory
@@ -195,6 +197,7 @@ class DiffusersSession(Session):
         if hasattr(pipe, "encode_prompt"):
             self.shadow.encode_prompt = Memory(self.shadow.encode_prompt, self.family.together)
         self._denoisers = denoisers_of(pipe)
+        self._modules = [m for m in pipe.components.values() if isinstance(m, nn.Module)]
         self._watch = Watch(self.ledger, keep=True)
         self._outputs: list[Tensor] = []
         self.interrupted = self._stopped = False  # by a user's callback
@@ -265,10 +268,11 @@ class DiffusersSession(Session):
     def _scale_noise(self, noise: Tensor) -> Tensor:
         return (noise * self._noise_scale).to(self._device, self._dtype)
 
-    def segment(self, x: Tensor, start: int, stop: int, rows: Sequence[int] | None = None) -> Arrival:
+    def segment(self, x: Tensor, start: int, stop: int, rows: Sequence[int] | None = None, graph: bool = False) -> Arrival:
         """As in `Session`. Once a user's callback has interrupted the pipeline, later segments leave the states as they are.
 
         Raises:
+            UnsupportedError: a graph through a class that cannot be cut, or through offloaded modules.
             UnsupportedError: a part of the grid with eta = 0: the user's own solver may have a history, which a cut would lose.
         """
         if self.interrupted:
@@ -279,7 +283,9 @@ class DiffusersSession(Session):
                 f"eta=0 steps with {name} itself, which runs from 0 to {self.steps} only, not {start} to {stop}"
             )
         self._stopped = False
-        arrival = super().segment(x, start, stop, rows)
+        if graph:
+            self._refuse_graph()
+        arrival = super().segment(x, start, stop, rows, graph)
         self.interrupted = self._stopped
         return arrival
 
@@ -313,14 +319,25 @@ class DiffusersSession(Session):
             call |= _only_latents(call["callback_on_step_end"])
         control = self._control
         control.start, control.stop, control.rows, control.x, control.x0 = start, stop, rows, x, x
+        run = type(self.shadow).__call__
         try:
-            with watching(self._watch, *self._denoisers):
-                out = self.shadow(**call)[0]
+            with watching(self._watch, *self._denoisers), frozen(self._modules if torch.is_grad_enabled() else []):
+                out = (inspect.unwrap(run) if torch.is_grad_enabled() else run)(self.shadow, **call)[0]
         finally:
             if hasattr(self.shadow, "maybe_free_model_hooks"):
                 self.shadow.maybe_free_model_hooks()
         self._stopped |= bool(getattr(self.shadow, "_interrupt", False))
         return Arrival(out if self.family.returns_states else control.x, control.x0)
+
+    def _refuse_graph(self) -> None:
+        name = type(self.user).__name__
+        if self.family.no_reentry:
+            raise UnsupportedError(f"{name} gives no gradients: {self.family.no_reentry}")
+        if any(getattr(m, "_hf_hook", None) is not None for m in self._modules):
+            raise UnsupportedError(
+                f"{name} is offloaded, which moves weights away before the backward pass needs them: "
+                "for gradients load it without enable_model_cpu_offload or enable_sequential_cpu_offload"
+            )
 
     def _arguments(self, rows: Sequence[int], start: int) -> dict[str, Any]:
         """Of a call of the pipeline for these rows."""
@@ -362,6 +379,35 @@ def grid_length(pipe: Any, steps: int, eta: float | None) -> int:
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(steps)
     return len(scheduler.timesteps)
+
+
+_freezing = threading.Lock()
+_frozen: dict[
+    int, tuple[int, list[nn.Parameter]]
+] = {}  # by module: how many runs hold it, and which parameters wanted gradients
+
+
+@contextmanager
+def frozen(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Parameters want no gradients inside; runs in several threads, and nested ones, may hold the same modules."""
+    with _freezing:
+        for module in modules:
+            holders, wanted = _frozen.get(id(module), (0, []))
+            wanted = wanted or [p for p in module.parameters() if p.requires_grad]
+            for p in wanted:
+                p.requires_grad_(False)
+            _frozen[id(module)] = (holders + 1, wanted)
+    try:
+        yield
+    finally:
+        with _freezing:
+            for module in modules:
+                holders, wanted = _frozen.pop(id(module))
+                if holders > 1:
+                    _frozen[id(module)] = (holders - 1, wanted)
+                else:
+                    for p in wanted:
+                        p.requires_grad_(True)
 
 
 class Record:

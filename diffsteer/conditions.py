@@ -55,7 +55,8 @@ class Memory:
             self.calls += 1
             bound = self._signature.bind_partial()
             bound.arguments.update({k: list(v) if isinstance(v, list) else v for k, v in given.items()})  # some write into them
-            self._known[key] = self.encode(*bound.args, **bound.kwargs)
+            with torch.no_grad():
+                self._known[key] = self.encode(*bound.args, **bound.kwargs)
         found = self._known[key]
         return [*found] if isinstance(found, list) else found
 

@@ -1,8 +1,8 @@
 """From latents, as a scheduler's `step` sees them, to samples in [0, 1]: one small decoder a layout of latents.
 
-A decoder is a function ``(pipe, size, latents) -> samples``: images (N, 3, H, W), videos (N, F, 3, H, W), sound (N, channels, T),
-the last in [-1, 1]. What it computes is what the pipeline itself does after its loop, without its progress, its safety checker
-and its conversion to pictures; autograd reaches the latents.
+A decoder is a function ``(pipe, size, latents) -> samples``: images (N, 3, H, W), videos (N, F, 3, H, W), or sound
+(N, channels, T) in [-1, 1]. What it computes is what the pipeline itself does after its loop, without its progress, its safety
+checker and its conversion to pictures; autograd reaches the latents.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What is true of each pipeline class that can be steered. `tests/families` proves every line; the README's table is made of it.
+"""What is true of each pipeline class that can be steered. `tests/families` proves every line and prints the README's table.
 
-A class stands here by name, and its subclasses with it. Nothing here steers: a line says where samples come from and what of the
-general machinery (`diffsteer.backend`) a class carries.
+A class stands here by name, and its subclasses with it. Nothing here steers: a line says where samples come from and what of
+the general machinery (`diffsteer.backend`) a class carries.
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ class Family:
 
     Attributes:
         layout: the decoder of its latents.
-        no_reentry: why a run cannot be cut into calls; "" where it can. Without re-entry all particles run in one call, selection
-            happening inside `step`.
-        no_gradients: why the gradient to the state is not available; "" where it is.
+        no_reentry: why a run cannot be cut into calls; "" where it can. Without re-entry all particles run in one call,
+            selection happening inside `step`, and there are no gradients.
         takes_latents: the first states enter as ``latents=``; else they are drawn by the pipeline from a keyed generator a row.
         enter: from states as `step` sees them to what ``latents=`` wants.
         doubled: `step` is handed every row twice, the guided estimate in both halves.
@@ -45,7 +44,6 @@ class Family:
 
     layout: Layout
     no_reentry: str = ""
-    no_gradients: str = ""
     takes_latents: bool = True
     enter: Callable[[Any, Size, Tensor], Tensor] = as_it_is
     doubled: bool = False

@@ -45,7 +45,7 @@ class Watch:
         self.ledger.forwards += 1
         self.ledger.evaluations += len(prediction)
         if self.keep:
-            self.outputs.append(prediction)
+            self.outputs.append(prediction.detach())
 
     def take(self) -> list[Tensor]:
         """The outputs since the last call."""

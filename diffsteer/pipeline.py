@@ -247,7 +247,9 @@ class SteeredPipeline:
         call = recommended(self.pipe) | call
         asking: dict[str, Any] = {family.prompt: len(prompts) if family.prompt == "batch_size" else prompts}
         if negative_prompt is not None:
-            asking["negative_prompt"] = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
+            asking["negative_prompt"] = (
+                [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
+            )
         if latents is not None:
             asking["latents"] = latents
         record = Record(family.doubled)

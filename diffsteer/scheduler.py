@@ -167,7 +167,7 @@ class SteeringMixin:
     ) -> Any:
         """One transition. `eta` and the further arguments reach only the user's own `step`."""
         k, control = self._locate(timestep), self._control
-        self.prediction = model_output
+        self.prediction = model_output.detach()
         if control.doubled:
             model_output, sample = model_output[: len(sample) // 2], sample[: len(sample) // 2]
         if control.eta:
@@ -300,7 +300,7 @@ def _is_flow(scheduler: Any) -> bool:
 
 
 def _prediction(scheduler: Any) -> str:
-    """What the model predicts, in the words of `to_clean`; "preconditioned" where the scheduler knows how to read it; "" if unknown."""
+    """What the model predicts, in the words of `to_clean`; "preconditioned" where the scheduler reads it itself; "" if unknown."""
     if hasattr(scheduler, "precondition_outputs"):
         return "preconditioned"
     said = "flow_prediction" if _is_flow(scheduler) else getattr(scheduler.config, "prediction_type", None)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from diffsteer import rng
 from diffsteer.algebra import Level, noise_std
@@ -88,12 +89,13 @@ class Session(ABC):
         """The keyed noise of one transition, (N, *shape)."""
         return rng.normal(self.seed, [self.key(r) for r in rows], index, "step", self.shape)
 
-    def segment(self, x: Tensor, start: int, stop: int, rows: Sequence[int] | None = None) -> Arrival:
+    def segment(self, x: Tensor, start: int, stop: int, rows: Sequence[int] | None = None, graph: bool = False) -> Arrival:
         """Carry states from grid index `start` to `stop`.
 
         Args:
             x: (N, *shape) at level `start`.
             rows: which rows they are; default all. Any subset, in any order, may be carried.
+            graph: let autograd see it all, through denoiser and guidance; parameters stay out.
 
         Raises:
             ValueError: indices that are no part of the grid, or a wrong number of states.
@@ -104,7 +106,8 @@ class Session(ABC):
         arrivals = []
         for block in blocks(len(rows), self.chunk, self.deterministic):
             before = self.ledger.evaluations
-            arrival = self._segment(x[block], start, stop, [rows[i] for i in block])
+            with torch.set_grad_enabled(graph):
+                arrival = self._segment(x[block], start, stop, [rows[i] for i in block])
             real = len(set(block))
             if real < len(block):
                 padding = (self.ledger.evaluations - before) * (len(block) - real) // len(block)
@@ -112,6 +115,45 @@ class Session(ABC):
                 self.ledger.padding += padding
             arrivals.append(Arrival(arrival.x[:real], arrival.x0[:real]))
         return Arrival(torch.cat([a.x for a in arrivals]), torch.cat([a.x0 for a in arrivals]))
+
+    def gradient(
+        self, x: Tensor, index: int, objective: Callable[[Tensor, list[int]], Tensor], rows: Sequence[int] | None = None
+    ) -> tuple[Tensor, Arrival]:
+        """The gradient of an objective of the clean estimate with respect to the state, through denoiser and guidance.
+
+        One step is taken a block of rows at a time, so memory is that of one step of one block.
+
+        Args:
+            x: (N, *shape) at level `index`.
+            objective: from clean estimates (n, *shape) and their row numbers to (n,), differentiable.
+
+        Returns:
+            (gradient (N, *shape), where the step leads, detached).
+        """
+        rows = list(range(self.rows) if rows is None else rows)
+        found, arrivals = [], []
+        for block in blocks(len(rows), self.chunk, False):
+            mine = [rows[i] for i in block]
+            leaf = x[block].detach().requires_grad_(True)
+            arrival = self.segment(leaf, index, index + 1, mine, graph=True)
+            with torch.enable_grad():
+                total = objective(arrival.x0, mine).sum()
+            found.append(torch.autograd.grad(total, leaf)[0])
+            arrivals.append(Arrival(arrival.x.detach(), arrival.x0.detach()))
+        return torch.cat(found), Arrival(torch.cat([a.x for a in arrivals]), torch.cat([a.x0 for a in arrivals]))
+
+    def trajectory(self, x: Tensor, start: int = 0, stop: int | None = None, rows: Sequence[int] | None = None) -> Tensor:
+        """Carry states as `segment` does, differentiably from end to end: (N, *shape) -> (N, *shape).
+
+        Every step is a checkpoint of its own: memory is that of one step and of all states, and every step is taken twice.
+        """
+        for k in range(start, self.steps if stop is None else stop):
+
+            def one_step(y: Tensor, k: int = k) -> Tensor:
+                return self.segment(y, k, k + 1, rows, graph=True).x
+
+            x = checkpoint(one_step, x, use_reentrant=False, preserve_rng_state=False)
+        return x
 
     def walk(self, select: Selection) -> Tensor:
         """Carry all rows from noise to clean, a segment from event to event, and select there. Returns the final states."""

@@ -134,3 +134,64 @@ def test_sampler_none_is_the_plain_pipeline_bit_for_bit(name: str) -> None:
     )[toy.output]
     ours = out.samples[:, 0]
     torch.testing.assert_close(ours if own.ndim == ours.ndim else ours.squeeze(1), own.float(), rtol=1e-4, atol=1e-4)
+
+
+SIX = [
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusion3Pipeline",
+    "FluxPipeline",
+    "WanPipeline",
+    "AnimateDiffPipeline",
+]
+SINGLE = {"FluxPipeline": 1e-2, "WanPipeline": 1e-2}  # compute in float32 inside
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_gradients_agree_with_finite_differences(name: str) -> None:
+    """Of a reward of the decoded clean estimate, in float64, along a random direction; then of the whole path to its noise."""
+    toy = TOYS[name]
+    pipe = toy.build().to(torch.float64)
+    pipe.set_progress_bar_config(disable=True)
+    call = call_of(toy)
+    opened = DiffusersSession(
+        pipe,
+        prompts_of(toy),
+        particles=1,
+        seed=0,
+        num_inference_steps=call.pop("num_inference_steps"),
+        negative_prompt=call.pop("negative_prompt", None),
+        call=call,
+    )
+    decode = opened.decoder
+    assert decode is not None
+    weights: list[Tensor] = []
+
+    def objective(x0: Tensor, rows: list[int]) -> Tensor:
+        samples = decode(x0).flatten(1).double()
+        if not weights:
+            weights.append(torch.randn(samples.shape[1], generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+        return (samples * weights[0]).sum(1)
+
+    flags = [p.requires_grad for m in opened._modules for p in m.parameters()]
+    with torch.no_grad():
+        x = opened.segment(opened.noise(), 0, 2).x
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(x)
+    direction /= direction.norm()
+    step = SINGLE.get(name, 1e-5)
+    found, arrival = opened.gradient(x, 2, objective)
+    assert not arrival.x.requires_grad and torch.equal(arrival.x, opened.segment(x, 2, 3).x)
+    with torch.no_grad():
+        up, down = (objective(opened.segment(x + s * direction, 2, 3).x0, [0, 1]).sum() for s in (step, -step))
+    central = float(up - down) / (2 * step)
+    assert float((found * direction).sum()) == pytest.approx(central, rel=1e-2 if name in SINGLE else 1e-4)
+
+    z = opened.noise().requires_grad_(True)
+    whole = torch.autograd.grad(objective(opened.trajectory(z), [0, 1]).sum(), z)[0]
+    with torch.no_grad():
+        first = opened.noise()
+        ends = [objective(opened.segment(first + s * direction, 0, opened.steps).x, [0, 1]).sum() for s in (step, -step)]
+    central = float(ends[0] - ends[1]) / (2 * step)
+    assert float((whole * direction).sum()) == pytest.approx(central, rel=2e-2 if name in SINGLE else 1e-4)
+    assert all(p.grad is None for m in opened._modules for p in m.parameters())
+    assert [p.requires_grad for m in opened._modules for p in m.parameters()] == flags
