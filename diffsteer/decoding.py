@@ -89,7 +89,7 @@ def packed_video_vae(pipe: Any, size: Size, z: Tensor) -> Tensor:
 def patched(pipe: Any, size: Size, z: Tensor) -> Tensor:
     """Flux 2: (N, h w, 4 C), normalised by the running statistics of a batch norm, then each token a square of 2 x 2."""
     tall = size.height // (2 * pipe.vae_scale_factor)
-    z = z.permute(0, 2, 1).unflatten(2, (tall, -1))
+    z = z.permute(0, 2, 1).reshape(len(z), z.shape[2], tall, -1)
     norm, epsilon = pipe.vae.bn, pipe.vae.config.batch_norm_eps
     mean, std = norm.running_mean.view(1, -1, 1, 1), (norm.running_var.view(1, -1, 1, 1) + epsilon).sqrt()
     return unit_range(_decode(pipe.vae, pipe._unpatchify_latents(z * std.to(z) + mean.to(z))))
@@ -98,7 +98,7 @@ def patched(pipe: Any, size: Size, z: Tensor) -> Tensor:
 def video_by_image(pipe: Any, size: Size, z: Tensor) -> Tensor:
     """AnimateDiff: (N, C, F, h, w), every frame an image of its own."""
     frames = image(pipe, size, z.transpose(1, 2).flatten(0, 1))
-    return frames.unflatten(0, (len(z), -1))
+    return frames.reshape(len(z), -1, *frames.shape[1:])
 
 
 def video(pipe: Any, size: Size, z: Tensor) -> Tensor:

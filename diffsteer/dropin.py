@@ -156,7 +156,7 @@ def _decoder(decoder: Any) -> tuple[Callable[[Tensor], Tensor] | None, bool]:
     if decoder is None or (isinstance(decoder, str) and decoder == "none"):
         return None, False
     if hasattr(decoder, "scheduler"):
-        from diffsteer.backend import decoder_of
+        from diffsteer.pipes import decoder_of
         from diffsteer.shapes.models import is_embedded
 
         return decoder_of(decoder), is_embedded(decoder)

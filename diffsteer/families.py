@@ -22,7 +22,7 @@ def as_it_is(pipe: Any, size: Size, x: Tensor) -> Tensor:
 
 def unrolled(pipe: Any, size: Size, x: Tensor) -> Tensor:
     """Flux 2 takes (N, C, h, w) and packs it itself."""
-    return x.permute(0, 2, 1).unflatten(2, (size.height // (2 * pipe.vae_scale_factor), -1))
+    return x.permute(0, 2, 1).reshape(len(x), x.shape[2], size.height // (2 * pipe.vae_scale_factor), -1)
 
 
 @dataclass(frozen=True)

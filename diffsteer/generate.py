@@ -123,7 +123,7 @@ def _snapshot(config: DictConfig, out: Path) -> None:
 
 
 def _load(config: DictConfig, device: str) -> Any:
-    from diffsteer.backend import quiet, refuse_by_name
+    from diffsteer.pipes import quiet, refuse_by_name
 
     quiet()
     options = {key: config.model[key] for key in ("revision", "variant") if config.model[key] is not None}

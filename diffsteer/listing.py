@@ -12,8 +12,6 @@ from omegaconf import OmegaConf
 from diffsteer.registry import registered
 from diffsteer.shapes.models import MODELS
 
-NOT_YET = ("sdxl",)
-
 
 def samplers() -> Iterator[str]:
     """Of each sampler: is it exact, does it need gradients, where it comes from, its parameters."""
@@ -43,8 +41,7 @@ def models() -> Iterator[str]:
             continue
         path = MODELS.get(str(config.path))
         if path is None:
-            refused = "; its pipeline class cannot be steered yet" if config.name in NOT_YET else ""
-            yield f"{config.name:16} fetched from huggingface.co/{config.path} when first used{refused}"
+            yield f"{config.name:16} fetched from huggingface.co/{config.path} when first used"
         elif not path.is_dir():
             yield f"{config.name:16} should ship with diffsteer, but {path} is missing"
         else:

@@ -156,7 +156,8 @@ class SteeredPipeline:
                 raise DiffsteerError(f"a CallableModel takes no argument {extra[0]!r}")
             session: Session = CallableSession(self.pipe, prompts, **options, **keys)
             return run(session, self.sampler, self.reward, self.output, self.choice, asked, watch=watch)
-        from diffsteer.backend import DiffusersSession, as_images
+        from diffsteer.backend import DiffusersSession
+        from diffsteer.pipes import as_images
 
         session = DiffusersSession(
             self.pipe,
@@ -185,7 +186,8 @@ class SteeredPipeline:
         """
         guided, steps = False, num_inference_steps or 50
         if not isinstance(self.pipe, CallableModel):
-            from diffsteer.backend import check_pipeline, grid_length, is_guided
+            from diffsteer.backend import grid_length
+            from diffsteer.pipes import check_pipeline, is_guided
             from diffsteer.shapes.models import recommended
 
             check_pipeline(self.pipe)
@@ -229,8 +231,9 @@ class SteeredPipeline:
         """The user's own pipeline, scheduler and generator; only counted, and scored at the end."""
         if isinstance(self.pipe, CallableModel):
             raise UnsupportedError("a CallableModel has no sampler of its own; BestOfN(particles=1, eta=0) is the plain ODE")
-        from diffsteer.backend import Record, as_images, check_call, check_pipeline, decoder_of, denoisers_of
+        from diffsteer.backend import Record
         from diffsteer.hooks import Watch, watching
+        from diffsteer.pipes import as_images, check_call, check_pipeline, decoder_of, denoisers_of
         from diffsteer.scheduler import install
         from diffsteer.shapes.models import is_embedded, recommended
 

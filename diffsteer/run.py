@@ -33,7 +33,8 @@ class SteeredOutput:
         log_weights: (P, K), summing to one in each group: together with `samples` the estimate of the target.
         log_z: (P,), log of the mean potential.
         chosen: the particle chosen for each prompt, (P,).
-        images: PIL images: one a prompt, or with output="all" all of them, prompt-major; None where samples are no images.
+        images: PIL images, one a prompt, or with output="all" all of them, prompt-major; a video is a list of frames; None
+            where samples are neither.
         trace, ledger: events, and cost.
     """
 
@@ -53,7 +54,10 @@ class SteeredOutput:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for i, image in enumerate(self.images or []):
-            image.save(folder / f"{i:03d}.png")
+            if isinstance(image, list):  # the frames of a video
+                image[0].save(folder / f"{i:03d}.gif", save_all=True, append_images=image[1:], duration=125, loop=0)
+            else:
+                image.save(folder / f"{i:03d}.png")
         torch.save({"samples": self.samples, "latents": self.latents, "log_weights": self.log_weights}, folder / "particles.pt")
         record = {
             "prompts": self.prompts,
@@ -120,7 +124,7 @@ def run(
     output: str = "best",
     choice: Reward | None = None,
     asked: Sequence[str] | None = None,
-    to_images: Callable[[Tensor], list[Any]] | None = None,
+    to_images: Callable[[Tensor], list[Any] | None] | None = None,
     watch: Callable[[Info], None] | None = None,
 ) -> SteeredOutput:
     """Carry all rows from noise to clean, selecting at the sampler's events.

@@ -300,7 +300,7 @@ def _is_flow(scheduler: Any) -> bool:
 
 
 def _prediction(scheduler: Any) -> str:
-    """What the model predicts, in the words of `to_clean`; "preconditioned" where the scheduler reads it itself; "" if unknown."""
+    """What the model predicts, in the words of `to_clean`; "preconditioned" where the scheduler reads it; "" if unknown."""
     if hasattr(scheduler, "precondition_outputs"):
         return "preconditioned"
     said = "flow_prediction" if _is_flow(scheduler) else getattr(scheduler.config, "prediction_type", None)

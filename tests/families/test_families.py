@@ -11,8 +11,9 @@ from families.toys import TOYS, Toy
 from torch import Tensor
 
 from diffsteer import SteeredPipeline, UnsupportedError
-from diffsteer.backend import DiffusersSession, decoder_of
+from diffsteer.backend import DiffusersSession
 from diffsteer.families import FAMILIES, Family, family_of
+from diffsteer.pipes import decoder_of
 from diffsteer.samplers import BestOfN, FeynmanKac
 
 PROMPTS = ["a red circle", "a large blue square"]

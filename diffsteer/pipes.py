@@ -1,0 +1,141 @@
+"""What can be asked of a pipeline before it runs: facts, the arguments it takes, its networks, its decoder, its pictures."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor
+
+from diffsteer.decoding import size_of
+from diffsteer.families import FAMILIES, Family, family_of
+from diffsteer.shapes.models import MODELS
+from diffsteer.types import DiffsteerError, UnsupportedError
+
+DENOISERS = ("unet", "transformer", "transformer_2")
+# Call arguments that may have one value a prompt.
+PER_PROMPT = (
+    "prompt_2",
+    "prompt_3",
+    "negative_prompt",
+    "negative_prompt_2",
+    "negative_prompt_3",
+    "image",
+    "mask_image",
+    "control_image",
+)
+# Call arguments that the session gives itself, or that have one row an image and so cannot follow blocks of rows.
+_OWN = {
+    *("prompt", "prompt_embeds", "negative_prompt_embeds", "class_labels", "batch_size"),
+    *("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "output_type", "return_dict", "generator"),
+}
+_PER_ROW = {"ip_adapter_image", "ip_adapter_image_embeds"}
+
+
+def check_pipeline(pipe: Any) -> Family:
+    """The facts of a pipeline's class.
+
+    Raises:
+        UnsupportedError: a pipeline class that no session was tried on.
+    """
+    family = family_of(pipe)
+    if not isinstance(pipe, DiffusionPipeline) or family is None:
+        raise UnsupportedError(f"{type(pipe).__name__} cannot be steered; supported: {', '.join(FAMILIES)}, and CallableModel")
+    return family
+
+
+def refuse_by_name(path: str, **options: Any) -> None:
+    """Refuse a saved pipeline by what its index says, before its weights are fetched.
+
+    Raises:
+        UnsupportedError: a pipeline class that no session was tried on.
+    """
+    if path in MODELS:
+        return
+    try:
+        name = DiffusionPipeline.load_config(path, **options).get("_class_name")
+    except (OSError, ValueError):  # nothing there: loading says so
+        return
+    known = getattr(diffusers, str(name), None)
+    if known is None or family_of(known) is None:
+        raise UnsupportedError(f"{path} is a {name}, which cannot be steered; supported: {', '.join(FAMILIES)}")
+
+
+def check_call(pipe: Any, call: dict[str, Any]) -> None:
+    """Refuse call arguments that the pipeline does not know, or that the session gives itself.
+
+    Raises:
+        DiffsteerError: with the nearest valid name.
+    """
+    valid = [p for p in inspect.signature(type(pipe).__call__).parameters if p not in ("self", "kwargs")]
+    for name in call:
+        if name not in valid:
+            near = difflib.get_close_matches(name, valid, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise DiffsteerError(f"{type(pipe).__name__} takes no argument {name!r}{hint}")
+        if name in _OWN | _PER_ROW:
+            raise DiffsteerError(f"the argument {name!r} of {type(pipe).__name__} cannot be given to a steered run")
+
+
+def quiet() -> None:
+    """No progress bars and, unless their own variables ask for more, only errors from diffusers and transformers."""
+    from transformers.utils import logging as transformers_logging
+
+    for name, logging in (("DIFFUSERS_VERBOSITY", diffusers_logging), ("TRANSFORMERS_VERBOSITY", transformers_logging)):
+        if name not in os.environ:
+            logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
+def is_guided(pipe: Any, call: dict[str, Any]) -> bool:
+    """Does a call double its rows for classifier-free guidance?"""
+    name = check_pipeline(pipe).guidance
+    if not name:
+        return False
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    if name == "true_cfg_scale" and call.get("negative_prompt") is None:
+        return False
+    embedded = getattr(getattr(getattr(pipe, "unet", None), "config", None), "time_cond_proj_dim", None)
+    return bool(call.get(name, parameters[name].default) > 1 and embedded is None)
+
+
+def denoisers_of(pipe: Any) -> list[Any]:
+    """The networks that are called at every step."""
+    return [m for m in (getattr(pipe, n, None) for n in DENOISERS) if m is not None]
+
+
+def decoder_of(pipe: Any, **call: Any) -> Callable[[Tensor], Tensor]:
+    """The decoder of a pipeline: latents as `step` sees them, to samples as the pipeline itself makes them.
+
+    Args:
+        call: the arguments that decide sizes (height, width, num_frames, audio_end_in_s), where they are not the defaults.
+
+    Raises:
+        UnsupportedError: a pipeline class that cannot be steered.
+    """
+    return partial(check_pipeline(pipe).layout, pipe, size_of(pipe, call))
+
+
+def as_images(pipe: Any, samples: Tensor) -> list[Any] | None:
+    """Samples (N, 3, H, W) in [0, 1] to PIL images, rounded as diffusers rounds; blacked out where a safety checker says so.
+    Of a video (N, F, 3, H, W) a list of its frames; None for sound."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    if samples.ndim == 3:
+        return None
+    if samples.ndim == 5:
+        return [as_images(pipe, frames) for frames in samples]
+    if getattr(pipe, "safety_checker", None) is not None:
+        signed, flags = pipe.run_safety_checker(samples * 2 - 1, samples.device, samples.dtype)
+        black = torch.tensor([bool(f) for f in flags], device=samples.device)[:, None, None, None]
+        samples = torch.where(black, torch.zeros_like(samples), signed / 2 + 0.5)
+    array = samples.detach().cpu().permute(0, 2, 3, 1).float().numpy()
+    return list(VaeImageProcessor.numpy_to_pil(array))
