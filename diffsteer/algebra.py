@@ -7,6 +7,7 @@ Everywhere ``x_t = alpha x0 + sigma eps``. VP: ``alpha^2 + sigma^2 = 1``; EDM: `
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -59,6 +60,17 @@ def to_clean(prediction: str, x: Tensor, output: Tensor, at: Level) -> tuple[Ten
     if prediction == "velocity":
         return (x - sigma * output) / (alpha + sigma), (x + alpha * output) / (alpha + sigma)
     raise ValueError(f"unknown prediction {prediction!r}; valid: {', '.join(PREDICTIONS)}")
+
+
+def mixed(output: Tensor, weights: Sequence[float]) -> Tensor:
+    """Predictions of several experts, (N * E, ...) with an expert's rows side by side, as one: the weighted sum, (N, ...).
+
+    Of networks of one prediction type this is the same sum of clean estimates and of noises, if the weights add up to one.
+    """
+    if len(weights) == 1:
+        return output
+    w = torch.tensor(weights, dtype=output.dtype, device=output.device).view(-1, *[1] * (output.ndim - 1))
+    return (output.view(-1, len(weights), *output.shape[1:]) * w).sum(1)
 
 
 def noise_std(at: Level, to: Level, eta: float) -> Tensor:

@@ -170,7 +170,7 @@ class DiffusersSession(Session):
         Raises:
             UnsupportedError: a class that cannot be cut, in several blocks.
         """
-        whole = self.chunk is None or (self.chunk >= self.rows and not self.deterministic)
+        whole = self.cut.size is None or (self.cut.size >= self.rows and not self.cut.pad)
         if self.family.no_reentry and not whole:
             name, reason = type(self.user).__name__, self.family.no_reentry
             raise UnsupportedError(f"{name} runs all particles in one call, since {reason}: leave chunk and deterministic out")
@@ -187,8 +187,10 @@ class DiffusersSession(Session):
 
     def _segment(self, x: Tensor, start: int, stop: int, rows: Sequence[int]) -> Arrival:
         call = self._arguments(rows, start)
+        count = len(self.experts)
         if self.family.takes_latents:
-            call["latents"] = self.family.enter(self.user, self._size, x)
+            shown = x if count == 1 else x.repeat_interleave(count, 0)
+            call["latents"] = self.family.enter(self.user, self._size, shown)
         if call.get("callback_on_step_end") is not None and (start, stop) != (0, self.steps):
             call |= _only_latents(call["callback_on_step_end"])
         control = self._control
@@ -201,7 +203,7 @@ class DiffusersSession(Session):
             if hasattr(self.shadow, "maybe_free_model_hooks"):
                 self.shadow.maybe_free_model_hooks()
         self._stopped |= bool(getattr(self.shadow, "_interrupt", False))
-        return Arrival(out if self.family.returns_states else control.x, control.x0)
+        return Arrival(out[::count] if self.family.returns_states else control.x, control.x0)
 
     def _refuse_graph(self) -> None:
         name = type(self.user).__name__
@@ -215,13 +217,13 @@ class DiffusersSession(Session):
 
     def _arguments(self, rows: Sequence[int], start: int) -> dict[str, Any]:
         """Of a call of the pipeline for these rows."""
-        prompts = [r // self.particles for r in rows]
+        prompts = [r // self.particles for r in rows for _ in self.experts]
         call = {**self.call, **self._grid_call, **{name: [values[p] for p in prompts] for name, values in self.each.items()}}
-        texts = [self.prompts[p] for p in prompts]
+        texts = self.texts_of(rows)
         call[self.family.prompt] = len(texts) if self.family.prompt == "batch_size" else texts
         # our transition draws by key; first states that the pipeline draws itself, and a user's own stochastic step, come from
         # these, a stream for each row
-        call["generator"] = [rng.generator(self.seed, *self.key(r), start, "native") for r in rows]
+        call["generator"] = [rng.generator(self.seed, *self.key(r), start, "native") for r in rows for _ in self.experts]
         if "output_type" in self._parameters:
             call["output_type"] = "latent" if self.family.returns_states else "pt"
         return call
@@ -287,7 +289,7 @@ def frozen(modules: Sequence[nn.Module]) -> Iterator[None]:
 class Record:
     """The control of a scheduler that is not steered: the user's own steps, and the states that they lead to."""
 
-    eta, start, stop, pipe, unit_noise, skipped, interrupts = None, 0, None, None, False, 0, False
+    eta, start, stop, pipe, unit_noise, skipped, interrupts, experts = None, 0, None, None, False, 0, False, (1.0,)
 
     def __init__(self, doubled: bool) -> None:
         self.doubled, self.steps, self.x = doubled, 0, torch.empty(0)
@@ -316,7 +318,7 @@ class _SegmentControl:
         self.x: Tensor = torch.empty(0)
         self.x0: Tensor = torch.empty(0)
         self.skipped = 0  # of the grid, by a pipeline that starts in its middle
-        self.doubled = session.family.doubled
+        self.doubled, self.experts = session.family.doubled, session.experts
         self.interrupts = "interrupt" in inspect.unwrap(type(shadow).__call__).__code__.co_names
         self.select: Selection | None = None
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsteer.algebra import PREDICTIONS, Level, level, to_clean, transition
+from diffsteer.algebra import PREDICTIONS, Level, level, mixed, to_clean, transition
 from diffsteer.session import Arrival, Session
 from diffsteer.types import DiffsteerError
 
@@ -96,15 +96,16 @@ class CallableSession(Session):
         return (noise * self.levels[0].sigma.to(noise.dtype)).to(self.model.device, self.model.dtype)
 
     def _segment(self, x: Tensor, start: int, stop: int, rows: Sequence[int]) -> Arrival:
-        conditions = [self.prompts[r // self.particles] for r in rows]
+        conditions, count = self.texts_of(rows), len(self.experts)
         x0 = x
         for k in range(start, stop):
             at, to = self.levels[k], self.levels[k + 1]
-            t = torch.full((len(x),), self.times[k], dtype=x.dtype, device=x.device)
+            shown = x if count == 1 else x.repeat_interleave(count, 0)
+            t = torch.full((len(shown),), self.times[k], dtype=x.dtype, device=x.device)
             with self.ledger.timed("denoiser"):
-                output = self.model.fn(x, t, conditions)
+                output = mixed(self.model.fn(shown, t, conditions), self.experts)
             self.ledger.forwards += 1
-            self.ledger.evaluations += len(x)
+            self.ledger.evaluations += len(shown)
             x0, eps = to_clean(self.model.prediction, x, output, at)
             x = transition(x0, eps, at, to, self.eta, self.step_noise(rows, k).to(x))
         return Arrival(x, x0)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffsteer import rng
 from diffsteer.algebra import noise_std
+from diffsteer.blocks import Blocks, Size, check_size
 from diffsteer.ledger import Ledger
 from diffsteer.particles import reindex
 from diffsteer.reward import Reward, RewardFunction, as_reward
@@ -32,7 +33,7 @@ def steered(
     ids: Sequence[int | str] | None = None,
     choice: Reward | RewardFunction | None = None,
     output: str = "best",
-    chunk: int | None = None,
+    chunk: Size = None,
 ) -> Any:
     """A scheduler of the user's own class that steers whatever pipeline it is put on.
 
@@ -61,10 +62,11 @@ def steered(
 class Steering:
     """The control of a drop-in scheduler, and the record of its last run."""
 
-    start, stop, pipe, unit_noise, skipped, interrupts, doubled = 0, None, None, False, 0, False, False
+    start, stop, pipe, unit_noise, skipped = 0, None, None, False, 0
+    interrupts, doubled, experts = False, False, (1.0,)
 
     def __init__(
-        self, sampler: Any, reward: Any, decoder: Any, prompts: Any, ids: Any, choice: Any, output: str, chunk: int | None
+        self, sampler: Any, reward: Any, decoder: Any, prompts: Any, ids: Any, choice: Any, output: str, chunk: Size
     ) -> None:
         self.sampler, self.output = sampler, output
         self.eta: float | None = None if sampler is None else sampler.eta
@@ -84,6 +86,7 @@ class Steering:
         self.reward = None if reward is None else as_reward(reward, seen)
         self.choice = None if choice is None else as_reward(choice, seen)
         check_inputs(self.decode is not None, self.reward, self.choice)
+        check_size(chunk)
         self.chunk = chunk
         self.selection: Selection | None = None
 
@@ -133,7 +136,7 @@ class Steering:
             k for k, (a, b) in enumerate(zip(levels, levels[1:], strict=False)) if float(noise_std(a, b, self.eta or 0.0)) > 0
         ]
         problem = Problem(len(self.prompts), total, max(noisy, default=-1), self.seed, self.ids)
-        scorer = Scorer(self.reward, self.decode, self.prompts, self.ledger, self.embedded, self.chunk)
+        scorer = Scorer(self.reward, self.decode, self.prompts, self.ledger, self.embedded, Blocks(self.chunk))
         self.selection = Selection(self.sampler, problem, scorer)
 
     def _finish(self, selection: Selection, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffsteer import rng
+from diffsteer.blocks import Blocks, Size, check_size
 from diffsteer.callable import CallableModel, CallableSession
 from diffsteer.ledger import Ledger
 from diffsteer.reward import Reward, RewardFunction, as_reward
@@ -59,7 +60,9 @@ class SteeredPipeline:
         choice: another reward for the final choice alone (``output="best"``); the weights stay those of `reward`.
         decoder: "full" scores decoded samples; "none" scores latents and makes no images.
         output: "best" | "draw" | "all", see `SteeredOutput`.
-        chunk: at most so many rows in the denoiser, the decoder and the reward at a time; None for all at once.
+        chunk: at most so many rows in the denoiser, the decoder and the reward at a time; None for all at once; "auto" halves
+            that when memory runs out, and says so once.
+        experts: weights of several texts a prompt, which is then a tuple of as many: their predictions are mixed at every step.
         deterministic: bits that depend neither on the number of prompts nor on what else runs; see `Session`.
     """
 
@@ -72,8 +75,9 @@ class SteeredPipeline:
         choice: Reward | RewardFunction | None = None,
         decoder: str = "full",
         output: str = "best",
-        chunk: int | None = None,
+        chunk: Size = None,
         deterministic: bool = False,
+        experts: Sequence[float] = (1.0,),
     ) -> None:
         if decoder not in DECODERS:
             raise DiffsteerError(f"decoder={decoder!r} is unknown; valid: {', '.join(DECODERS)}")
@@ -86,7 +90,8 @@ class SteeredPipeline:
         self.pipe, self.sampler, self.decoder, self.output = pipe, sampler, decoder, output
         self.reward = None if reward is None else as_reward(reward, seen)
         self.choice = None if choice is None else as_reward(choice, seen)
-        self.chunk, self.deterministic = chunk, deterministic
+        check_size(chunk, deterministic)
+        self.chunk, self.deterministic, self.experts = chunk, deterministic, tuple(experts)
         if sampler is not None and sampler.needs_reward and self.reward is None:
             raise DiffsteerError(f"the sampler {sampler.name} selects by a reward: give reward=")
 
@@ -124,6 +129,8 @@ class SteeredPipeline:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise DiffsteerError("no prompts: give at least one")
+        if len(self.experts) > 1 and (self.sampler is None or reward_prompts is None):
+            raise DiffsteerError("several experts want a sampler, and reward_prompts= to tell the reward what to ask for")
         asked = prompts if reward_prompts is None else list(reward_prompts)
         if len(asked) != len(prompts):
             raise DiffsteerError(f"{len(asked)} reward_prompts for {len(prompts)} prompts; give one each")
@@ -145,6 +152,7 @@ class SteeredPipeline:
             "eta": self.sampler.eta,
             "chunk": self.chunk,
             "deterministic": self.deterministic,
+            "experts": self.experts,
         }
         if isinstance(self.pipe, CallableModel):
             if call or negative_prompt is not None or latents is not None:
@@ -184,7 +192,7 @@ class SteeredPipeline:
             rehearse: a prompt to run two steps with, as often as fits a block of rows, which tells seconds and memory as well;
                 without it they stay empty.
         """
-        guided, steps = False, num_inference_steps or 50
+        guided, steps, size = False, num_inference_steps or 50, Blocks(self.chunk).size
         if not isinstance(self.pipe, CallableModel):
             from diffsteer.backend import grid_length
             from diffsteer.pipes import check_pipeline, is_guided
@@ -205,12 +213,13 @@ class SteeredPipeline:
             guided=guided,
             decoded=decoded,
             rewards=0 if self.reward is None else 1 + (self.choice is not None),
-            chunk=None if self.sampler is None else 8 if self.deterministic and self.chunk is None else self.chunk,
+            chunk=None if self.sampler is None else 8 if self.deterministic and self.chunk is None else size,
+            experts=len(self.experts),
         )
         if rehearse is not None:
             options: dict[str, Any] = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
             particles = self.sampler.particles if self.sampler else 1
-            together = prompts if self.chunk is None else min(prompts, math.ceil(self.chunk / particles))
+            together = prompts if size is None else min(prompts, math.ceil(size / particles))
             tried = self([rehearse] * together, num_inference_steps=2, seed=0, **options).ledger
             for stage, count in (("denoiser", "evaluations"), ("decode", "decodes"), ("reward", "reward_calls")):
                 if tried.counts[count]:

@@ -98,6 +98,7 @@ def estimate(
     decoded: bool = True,
     rewards: int = 1,
     chunk: int | None = None,
+    experts: int = 1,
 ) -> Ledger:
     """The counts that a run will have, before it runs: equal to what it then counts, the padding of blocks aside.
 
@@ -106,11 +107,11 @@ def estimate(
         guided: classifier-free guidance doubles the evaluations.
         decoded: samples are decoded before they are scored.
         rewards: 0 without a reward, 1 with one, 2 with another for the final choice.
-        chunk: rows in a block.
+        chunk: rows in a block. experts: predictions that are mixed for each row.
     """
     rows, events = (prompts, 1) if sampler is None else (prompts * sampler.particles, len(sampler.schedule(steps)))
     return Ledger(
-        evaluations=rows * steps * (1 + guided),
+        evaluations=rows * steps * (1 + guided) * experts,
         forwards=steps * math.ceil(rows / (chunk or rows)),
         decodes=rows * events if decoded else 0,
         reward_calls=rows * (events * (rewards > 0) + (rewards > 1)),
@@ -149,7 +150,7 @@ def run(
         if r is not None:
             r.prepare(texts, Context(0, session.steps, session.embedded))
     problem = Problem(len(session.prompts), session.steps, session.last_noise, session.seed, session.ids)
-    scorer = Scorer(reward, session.decoder, texts, ledger, session.embedded, session.chunk, session.deterministic)
+    scorer = Scorer(reward, session.decoder, texts, ledger, session.embedded, session.cut)
     select = Selection(sampler, problem, scorer, watch)
     x = session.walk(select)
     assert select.samples is not None

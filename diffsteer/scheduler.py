@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from diffsteer.algebra import Level, level, noise_std, to_clean, transition
+from diffsteer.algebra import Level, level, mixed, noise_std, to_clean, transition
 from diffsteer.types import UnsupportedError
 
 # These walk half steps or keep a noise process of their own, so the levels of their grid are no chain of one-step transitions.
@@ -59,6 +59,9 @@ class Control(Protocol):
 
     @property
     def doubled(self) -> bool: ...
+
+    @property
+    def experts(self) -> tuple[float, ...]: ...
 
     skipped: int
 
@@ -170,6 +173,8 @@ class SteeringMixin:
         self.prediction = model_output.detach()
         if control.doubled:
             model_output, sample = model_output[: len(sample) // 2], sample[: len(sample) // 2]
+        if len(control.experts) > 1:  # they share the state, so each has the same
+            model_output, sample = mixed(model_output, control.experts), sample[:: len(control.experts)]
         if control.eta:
             x0, x_next = self._transition(k, model_output, sample, control, generator)
             self._step_index = k + 1  # scale_model_input of the sigma classes reads it
@@ -184,6 +189,8 @@ class SteeringMixin:
         x_next = control.arrived(k, len(self._grid), x_next.to(sample.dtype), x0, generator)
         if control.doubled:
             x_next, x0 = torch.cat([x_next] * 2), torch.cat([x0] * 2)
+        if len(control.experts) > 1:
+            x_next, x0 = (v.repeat_interleave(len(control.experts), 0) for v in (x_next, x0))
         return _StepOutput(x_next, x0) if return_dict else (x_next, x0)
 
     def _transition(

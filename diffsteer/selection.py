@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffsteer.blocks import Blocks
 from diffsteer.ledger import Ledger
 from diffsteer.particles import reindex
 from diffsteer.reward import Reward
@@ -15,15 +16,6 @@ from diffsteer.rng import generator
 from diffsteer.types import Context, DiffsteerError, Info, Problem, RewardError, Sampler, Step, Trace
 
 Decode = Callable[[Tensor], Tensor]
-
-
-def blocks(rows: int, size: int | None, pad: bool) -> list[list[int]]:
-    """Row numbers in blocks of `size` (None: one block); with `pad` the last block repeats its last row up to full size."""
-    size = rows if size is None else size
-    parts = [list(range(i, min(i + size, rows))) for i in range(0, rows, size)]
-    if pad and parts:
-        parts[-1] += [parts[-1][-1]] * (size - len(parts[-1]))
-    return parts
 
 
 def check_inputs(decoded: bool, *rewards: Reward | None) -> None:
@@ -45,7 +37,7 @@ class Scorer:
         reward: what to score with; None scores nothing.
         decode: latents (N, ...) -> samples; None leaves latents as they are.
         prompts: one a group. embedded: see `Context`.
-        chunk, pad: see `blocks`.
+        cut: how rows are cut into blocks.
     """
 
     def __init__(
@@ -55,35 +47,48 @@ class Scorer:
         prompts: Sequence[str],
         ledger: Ledger,
         embedded: bool = False,
-        chunk: int | None = None,
-        pad: bool = False,
+        cut: Blocks | None = None,
     ) -> None:
         self.reward, self.decode_block, self.prompts, self.ledger = reward, decode, list(prompts), ledger
-        self.embedded, self.chunk, self.pad = embedded, chunk, pad
+        self.embedded, self.cut = embedded, cut or Blocks()
 
     def decode(self, latents: Tensor) -> Tensor:
         """(N, ...) latents -> (N, ...) samples, float32; the latents themselves without a decoder."""
-        if self.decode_block is None:
-            return latents
-        with self.ledger.timed("decode"):
-            parts = [self.decode_block(latents[rows]) for rows in blocks(len(latents), self.chunk, self.pad)]
-        self.ledger.decodes += len(latents)
-        return torch.cat(parts)[: len(latents)].float()
+        return torch.cat(self.cut.run(len(latents), lambda rows: self._decode(latents, rows)))
 
     def score(self, samples: Tensor, done: int, steps: int, reward: Reward | None = None) -> Tensor:
         """Rewards (P, K) in float64 of P * K samples, by `reward` or by the scorer's own."""
-        reward = reward or self.reward
-        groups = len(self.prompts)
+        parts = self.cut.run(len(samples), lambda rows: self._score(samples[rows], rows, len(samples), done, steps, reward))
+        return torch.cat(parts).view(len(self.prompts), -1)
+
+    def judge(self, latents: Tensor, done: int, steps: int) -> Tensor:
+        """Rewards (P, K) of P * K latents. A block's samples are gone before the next block is decoded."""
+
+        def one_block(rows: list[int]) -> Tensor:
+            return self._score(self._decode(latents, rows, kept=False), rows, len(latents), done, steps)
+
+        return torch.cat(self.cut.run(len(latents), one_block)).view(len(self.prompts), -1)
+
+    def _decode(self, latents: Tensor, rows: list[int], kept: bool = True) -> Tensor:
+        real = len(set(rows))
+        if self.decode_block is None:
+            return latents[rows][: real if kept else None]
+        with self.ledger.timed("decode"):
+            samples = self.decode_block(latents[rows]).float()
+        self.ledger.decodes += real
+        return samples[: real if kept else None]
+
+    def _score(
+        self, samples: Tensor, rows: list[int], count: int, done: int, steps: int, reward: Reward | None = None
+    ) -> Tensor:
+        reward, real = reward or self.reward, len(set(rows))
         if reward is None:
-            return torch.zeros(groups, len(samples) // groups, dtype=torch.float64)
-        texts = [p for p in self.prompts for _ in range(len(samples) // groups)]
-        ctx = Context(done, steps, self.embedded)
+            return torch.zeros(real, dtype=torch.float64)
+        each = count // len(self.prompts)
         with self.ledger.timed("reward"), torch.no_grad():
-            scores = []
-            for rows in blocks(len(samples), self.chunk, self.pad):
-                scores.append(_score(reward, samples[rows], [texts[i] for i in rows], ctx))
-        self.ledger.reward_calls += len(samples)
-        return torch.cat(scores)[: len(samples)].cpu().double().view(groups, -1)
+            scores = _score(reward, samples, [self.prompts[i // each] for i in rows], Context(done, steps, self.embedded))
+        self.ledger.reward_calls += real
+        return scores[:real].cpu().double()
 
 
 class Selection:
@@ -94,7 +99,7 @@ class Selection:
         self.events = sampler.schedule(problem.steps)
         self.state: Any = sampler.init(problem)
         self.infos: list[Info] = []
-        self.samples: Tensor | None = None  # of the last event
+        self.samples: Tensor | None = None  # of the end
 
     @property
     def trace(self) -> Trace:
@@ -104,8 +109,11 @@ class Selection:
     def __call__(self, done: int, x: Tensor, x0: Tensor) -> Tensor:
         """Select at an event. x, x0: (P * K, ...), the states and the clean estimates. Returns the states that live on."""
         final = done == self.problem.steps
-        self.samples = self.scorer.decode(x if final else x0)
-        rewards = self.scorer.score(self.samples, done, self.problem.steps)
+        if final:
+            self.samples = self.scorer.decode(x)
+            rewards = self.scorer.score(self.samples, done, self.problem.steps)
+        else:
+            rewards = self.scorer.judge(x0, done, self.problem.steps)
         with self.scorer.ledger.timed("select"):
             self.state, info = self.sampler.apply(self.state, Step(done, final, rewards))
             self.infos.append(info)

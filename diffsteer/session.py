@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,9 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from diffsteer import rng
 from diffsteer.algebra import Level, noise_std
+from diffsteer.blocks import Blocks, Size
 from diffsteer.ledger import Ledger
 from diffsteer.rng import Id
-from diffsteer.selection import Selection, blocks
+from diffsteer.selection import Selection
 from diffsteer.types import DiffsteerError
 
 
@@ -28,10 +29,14 @@ class Arrival(NamedTuple):
 class Session(ABC):
     """Conditions (prompts and call arguments) over a backend.
 
-    Rows are numbered (prompt, particle, expert): row = (p * K + k) * E + e, with E = 1 expert for now. Each is keyed by its
-    prompt's id and its slot k, so its noise does not depend on the other rows. Rows run in blocks of at most `chunk`, a segment
-    each (and a callback of the user's is called once a block); with `deterministic` every block has exactly `chunk` rows (8
-    unless said), the last one padded, so that on the CPU a row's bits do not depend on how many others there are.
+    Rows are numbered (prompt, particle), row = p * K + k. Each is keyed by its prompt's id and its slot k, so its noise does
+    not depend on the other rows. Rows run in blocks of at most `chunk`, a segment each (and a callback of the user's is called
+    once a block); with `deterministic` every block has exactly `chunk` rows (8 unless said), the last one padded, so that on the
+    CPU a row's bits do not depend on how many others there are; with ``chunk="auto"`` blocks are halved when memory runs out.
+
+    With several experts a prompt is a tuple of as many texts, and inside a segment every row stands for them all, (row,
+    expert): each is asked for its own text, their predictions are mixed by the experts' weights, and the state they step to is
+    one.
 
     Attributes:
         steps: T. levels: T + 1 of them, from noise to clean. shape: of one row.
@@ -42,32 +47,34 @@ class Session(ABC):
     shape: tuple[int, ...]
     decoder: Callable[[Tensor], Tensor] | None
     embedded: bool = False
-    experts: int = 1
 
     def __init__(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Any],
         particles: int,
         seed: int,
         ids: Sequence[Id] | None = None,
         eta: float = 1.0,
-        chunk: int | None = None,
+        chunk: Size = None,
         deterministic: bool = False,
+        experts: Sequence[float] = (1.0,),
     ) -> None:
         self.prompts, self.particles, self.seed, self.eta = list(prompts), particles, seed, eta
         self.ids = tuple(range(len(self.prompts)) if ids is None else ids)
         if len(self.ids) != len(self.prompts) or len(set(self.ids)) != len(self.ids):
             raise DiffsteerError(f"{len(self.prompts)} prompts need as many distinct ids, not {list(self.ids)}")
-        if chunk is not None and chunk < 1:
-            raise DiffsteerError(f"chunk={chunk}; at least one row must fit a block")
-        self.chunk = 8 if deterministic and chunk is None else chunk
-        self.deterministic = deterministic
+        self.cut = Blocks(8 if deterministic and chunk is None else chunk, deterministic)
+        self.experts = tuple(experts)
+        if len(self.experts) > 1:
+            for prompt in self.prompts:
+                if isinstance(prompt, str) or len(prompt) != len(self.experts):
+                    raise DiffsteerError(f"{len(self.experts)} experts want as many texts a prompt, not {prompt!r}")
         self.ledger = Ledger().open()
 
     @property
     def rows(self) -> int:
-        """P * K * E."""
-        return len(self.prompts) * self.particles * self.experts
+        """P * K."""
+        return len(self.prompts) * self.particles
 
     @property
     def last_noise(self) -> int:
@@ -77,7 +84,7 @@ class Session(ABC):
 
     def key(self, row: int) -> tuple[Id, int]:
         """A row's prompt id and slot."""
-        prompt, slot = divmod(row // self.experts, self.particles)
+        prompt, slot = divmod(row, self.particles)
         return self.ids[prompt], slot
 
     def noise(self, rows: Sequence[int] | None = None) -> Tensor:
@@ -103,18 +110,23 @@ class Session(ABC):
         rows = list(range(self.rows) if rows is None else rows)
         if not 0 <= start < stop <= self.steps or len(x) != len(rows):
             raise ValueError(f"cannot carry {len(x)} states as {len(rows)} rows from {start} to {stop} of {self.steps} steps")
-        arrivals = []
-        for block in blocks(len(rows), self.chunk, self.deterministic):
-            before = self.ledger.evaluations
+
+        def one_block(block: list[int]) -> Arrival:
+            before, real = self.ledger.evaluations, len(set(block))
             with torch.set_grad_enabled(graph):
                 arrival = self._segment(x[block], start, stop, [rows[i] for i in block])
-            real = len(set(block))
-            if real < len(block):
-                padding = (self.ledger.evaluations - before) * (len(block) - real) // len(block)
-                self.ledger.evaluations -= padding
-                self.ledger.padding += padding
-            arrivals.append(Arrival(arrival.x[:real], arrival.x0[:real]))
+            padding = (self.ledger.evaluations - before) * (len(block) - real) // len(block)
+            self.ledger.evaluations -= padding
+            self.ledger.padding += padding
+            return Arrival(arrival.x[:real], arrival.x0[:real])
+
+        arrivals = self.cut.run(len(rows), one_block)
         return Arrival(torch.cat([a.x for a in arrivals]), torch.cat([a.x0 for a in arrivals]))
+
+    def texts_of(self, rows: Sequence[int]) -> list[Any]:
+        """What the rows are asked for, one text a row and expert."""
+        asked = [self.prompts[r // self.particles] for r in rows]
+        return asked if len(self.experts) == 1 else [text for texts in asked for text in texts]
 
     def gradient(
         self, x: Tensor, index: int, objective: Callable[[Tensor, list[int]], Tensor], rows: Sequence[int] | None = None
@@ -131,16 +143,20 @@ class Session(ABC):
             (gradient (N, *shape), where the step leads, detached).
         """
         rows = list(range(self.rows) if rows is None else rows)
-        found, arrivals = [], []
-        for block in blocks(len(rows), self.chunk, False):
-            mine = [rows[i] for i in block]
-            leaf = x[block].detach().requires_grad_(True)
-            arrival = self.segment(leaf, index, index + 1, mine, graph=True)
+
+        def one_block(block: list[int]) -> tuple[Tensor, Arrival]:
+            mine = [rows[i] for i in dict.fromkeys(block)]
+            leaf = x[block[: len(mine)]].detach().requires_grad_(True)
             with torch.enable_grad():
+                arrival = self._segment(leaf, index, index + 1, mine)
                 total = objective(arrival.x0, mine).sum()
-            found.append(torch.autograd.grad(total, leaf)[0])
-            arrivals.append(Arrival(arrival.x.detach(), arrival.x0.detach()))
-        return torch.cat(found), Arrival(torch.cat([a.x for a in arrivals]), torch.cat([a.x0 for a in arrivals]))
+            found = torch.autograd.grad(total, leaf)[0]
+            return found, Arrival(arrival.x.detach(), arrival.x0.detach())
+
+        parts = self.cut.run(len(rows), one_block)
+        arrivals = [a for _, a in parts]
+        reached = Arrival(torch.cat([a.x for a in arrivals]), torch.cat([a.x0 for a in arrivals]))
+        return torch.cat([g for g, _ in parts]), reached
 
     def trajectory(self, x: Tensor, start: int = 0, stop: int | None = None, rows: Sequence[int] | None = None) -> Tensor:
         """Carry states as `segment` does, differentiably from end to end: (N, *shape) -> (N, *shape).
