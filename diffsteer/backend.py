@@ -16,7 +16,7 @@ from diffsteer import rng
 from diffsteer.conditions import Memory
 from diffsteer.decoding import size_of
 from diffsteer.hooks import Watch, guidance_parts, watching
-from diffsteer.pipes import PER_PROMPT, check_call, check_pipeline, decoder_of, denoisers_of
+from diffsteer.pipes import PER_PROMPT, check_call, check_pipeline, decoder_of, denoisers_of, tiny_decoder_of
 from diffsteer.scheduler import install
 from diffsteer.selection import Selection
 from diffsteer.session import Arrival, Session
@@ -43,7 +43,7 @@ class DiffusersSession(Session):
         num_inference_steps: int | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         latents: Tensor | None = None,
-        decode: bool = True,
+        decoder: str = "full",
         call: dict[str, Any] | None = None,
         **keys: Any,
     ) -> None:
@@ -62,7 +62,9 @@ class DiffusersSession(Session):
         self.each = self._given_per_prompt(call, negative_prompt)
         self.call = {k: v for k, v in call.items() if k not in self.each}
         self.embedded = is_embedded(pipe)
-        self.decoder = decoder_of(pipe, **call) if decode else None
+        kind, _, where = decoder.partition(":")
+        self.decoder = None if kind == "none" else decoder_of(pipe, **call)
+        self.tiny_decoder = tiny_decoder_of(pipe, where, **call) if kind == "tiny" else None
         self._size = size_of(pipe, call)
         self.shadow = copy.copy(pipe)
         self._control = _SegmentControl(self, self.shadow)

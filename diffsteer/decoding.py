@@ -86,12 +86,16 @@ def packed_video_vae(pipe: Any, size: Size, z: Tensor) -> Tensor:
     return _video(pipe, z)[:, 0]
 
 
+def unpacked(pipe: Any, size: Size, z: Tensor) -> Tensor:
+    """Flux 2's (N, h w, 4 C) as (N, 4 C, h, w), each place a square of 2 x 2."""
+    return z.permute(0, 2, 1).reshape(len(z), z.shape[2], size.height // (2 * pipe.vae_scale_factor), -1)
+
+
 def patched(pipe: Any, size: Size, z: Tensor) -> Tensor:
-    """Flux 2: (N, h w, 4 C), normalised by the running statistics of a batch norm, then each token a square of 2 x 2."""
-    tall = size.height // (2 * pipe.vae_scale_factor)
-    z = z.permute(0, 2, 1).reshape(len(z), z.shape[2], tall, -1)
+    """Flux 2: (N, h w, 4 C), normalised by the running statistics of a batch norm."""
     norm, epsilon = pipe.vae.bn, pipe.vae.config.batch_norm_eps
     mean, std = norm.running_mean.view(1, -1, 1, 1), (norm.running_var.view(1, -1, 1, 1) + epsilon).sqrt()
+    z = unpacked(pipe, size, z)
     return unit_range(_decode(pipe.vae, pipe._unpatchify_latents(z * std.to(z) + mean.to(z))))
 
 

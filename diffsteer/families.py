@@ -20,11 +20,6 @@ def as_it_is(pipe: Any, size: Size, x: Tensor) -> Tensor:
     return x
 
 
-def unrolled(pipe: Any, size: Size, x: Tensor) -> Tensor:
-    """Flux 2 takes (N, C, h, w) and packs it itself."""
-    return x.permute(0, 2, 1).reshape(len(x), x.shape[2], size.height // (2 * pipe.vae_scale_factor), -1)
-
-
 @dataclass(frozen=True)
 class Family:
     """The facts of a class.
@@ -39,6 +34,7 @@ class Family:
         together: conditions of one row depend on the other rows', so all are encoded at once.
         prompt: the argument that a session's prompts enter by; "batch_size" takes their number alone.
         guidance: the argument whose values above 1 double the evaluations; "" where none does.
+        tiny: where its published tiny decoder lies; "" where there is none.
         returns_states: the call can return its last states, as `step` left them.
     """
 
@@ -51,32 +47,33 @@ class Family:
     prompt: str = "prompt"
     guidance: str = "guidance_scale"
     returns_states: bool = True
+    tiny: str = ""
 
 
 NO_LATENTS = "its call takes no latents="
 IMAGE_AS_NOISE = "it re-noises its image with latents="
 
 FAMILIES: dict[str, Family] = {
-    "StableDiffusionPipeline": Family(decoding.image),
-    "StableDiffusionControlNetPipeline": Family(decoding.image),
+    "StableDiffusionPipeline": Family(decoding.image, tiny="madebyollin/taesd"),
+    "StableDiffusionControlNetPipeline": Family(decoding.image, tiny="madebyollin/taesd"),
     "StableDiffusionImg2ImgPipeline": Family(decoding.image, no_reentry=NO_LATENTS, takes_latents=False),
     "StableDiffusionInpaintPipeline": Family(decoding.image, no_reentry=IMAGE_AS_NOISE),
     "LatentConsistencyModelPipeline": Family(decoding.image, guidance="", returns_states=False),
-    "StableDiffusionXLPipeline": Family(decoding.image),
+    "StableDiffusionXLPipeline": Family(decoding.image, tiny="madebyollin/taesdxl"),
     "StableDiffusionXLImg2ImgPipeline": Family(
         decoding.image, no_reentry="its call cuts the time grid by strength=", takes_latents=False
     ),
-    "StableDiffusion3Pipeline": Family(decoding.image),
-    "FluxPipeline": Family(decoding.packed, guidance="true_cfg_scale"),
-    "Flux2Pipeline": Family(decoding.patched, enter=unrolled, guidance=""),
+    "StableDiffusion3Pipeline": Family(decoding.image, tiny="madebyollin/taesd3"),
+    "FluxPipeline": Family(decoding.packed, guidance="true_cfg_scale", tiny="madebyollin/taef1"),
+    "Flux2Pipeline": Family(decoding.patched, enter=decoding.unpacked, guidance="", tiny="madebyollin/taef2"),
     "QwenImagePipeline": Family(decoding.packed_video_vae, guidance="true_cfg_scale"),
-    "ZImagePipeline": Family(decoding.image),
-    "PixArtSigmaPipeline": Family(decoding.image),
+    "ZImagePipeline": Family(decoding.image, tiny="madebyollin/taef1"),
+    "PixArtSigmaPipeline": Family(decoding.image, tiny="madebyollin/taesdxl"),
     "SanaPipeline": Family(decoding.image),
     "HunyuanDiTPipeline": Family(decoding.image),
     "Lumina2Pipeline": Family(decoding.image),
     "AuraFlowPipeline": Family(decoding.image),
-    "AnimateDiffPipeline": Family(decoding.video_by_image),
+    "AnimateDiffPipeline": Family(decoding.video_by_image, tiny="madebyollin/taesd"),
     "WanPipeline": Family(decoding.video),
     "CogVideoXPipeline": Family(decoding.frames_first),
     "LTXPipeline": Family(decoding.packed_video),

@@ -26,7 +26,7 @@ from diffsteer.types import Context, DiffsteerError, Info, Sampler, Trace, Unsup
 if TYPE_CHECKING:
     from diffsteer.session import Session
 
-DECODERS = ("full", "none")
+DECODERS = ("full", "tiny", "none")
 
 
 def load_pipeline(name: str | Path = "shapes", **kwargs: Any) -> Any:
@@ -58,7 +58,8 @@ class SteeredPipeline:
             randomness: `chunk`, `deterministic` and `ids` then have no effect.
         reward: a `Reward`, or a callable ``r(samples (N, ...), prompts) -> (N,)``; may be missing only for None and `BestOfN`.
         choice: another reward for the final choice alone (``output="best"``); the weights stay those of `reward`.
-        decoder: "full" scores decoded samples; "none" scores latents and makes no images.
+        decoder: "full" scores decoded samples; "tiny" (or "tiny:PATH", a folder or hub id) decodes those on the way with a tiny
+            autoencoder and only the final ones in full; "none" scores latents and makes no images.
         output: "best" | "draw" | "all", see `SteeredOutput`.
         chunk: at most so many rows in the denoiser, the decoder and the reward at a time; None for all at once; "auto" halves
             that when memory runs out, and says so once.
@@ -79,7 +80,7 @@ class SteeredPipeline:
         deterministic: bool = False,
         experts: Sequence[float] = (1.0,),
     ) -> None:
-        if decoder not in DECODERS:
+        if decoder.partition(":")[0] not in DECODERS:
             raise DiffsteerError(f"decoder={decoder!r} is unknown; valid: {', '.join(DECODERS)}")
         if output not in OUTPUTS:
             raise DiffsteerError(f"output={output!r} is unknown; valid: {', '.join(OUTPUTS)}")
@@ -172,7 +173,7 @@ class SteeredPipeline:
             prompts,
             negative_prompt=negative_prompt,
             latents=latents,
-            decode=self.decoder == "full",
+            decoder=self.decoder,
             call=call,
             **options,
             **keys,
@@ -205,7 +206,7 @@ class SteeredPipeline:
             steps = grid_length(
                 self.pipe, int(known.get("num_inference_steps", 50)), self.sampler.eta if self.sampler else None
             )
-        decoded = self.decoder == "full" if not isinstance(self.pipe, CallableModel) else self.pipe.decode is not None
+        decoded = self.decoder != "none" if not isinstance(self.pipe, CallableModel) else self.pipe.decode is not None
         said = estimate(
             self.sampler,
             prompts,
@@ -215,6 +216,7 @@ class SteeredPipeline:
             rewards=0 if self.reward is None else 1 + (self.choice is not None),
             chunk=None if self.sampler is None else 8 if self.deterministic and self.chunk is None else size,
             experts=len(self.experts),
+            tiny=self.decoder.startswith("tiny"),
         )
         if rehearse is not None:
             options: dict[str, Any] = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
@@ -250,7 +252,7 @@ class SteeredPipeline:
         check_call(self.pipe, call)
         ledger, started = Ledger().open(), time.perf_counter()
         embedded = is_embedded(self.pipe)
-        check_inputs(self.decoder == "full", self.reward, self.choice)
+        check_inputs(self.decoder != "none", self.reward, self.choice)
         for reward in (self.reward, self.choice):
             if reward is not None:
                 reward.prepare(asked, Context(embedded=embedded))
@@ -269,7 +271,7 @@ class SteeredPipeline:
         with watching(Watch(ledger), *denoisers_of(self.pipe)):
             own = shadow(**asking, generator=generator, **call, **({"output_type": "latent"} if family.returns_states else {}))
         x = own[0] if family.returns_states else record.x
-        decode = decoder_of(self.pipe, **call) if self.decoder == "full" else None
+        decode = decoder_of(self.pipe, **call) if self.decoder != "none" else None
         scorer = Scorer(self.reward, decode, asked, ledger, embedded)
         samples = scorer.decode(x)
         steps = record.steps
@@ -285,7 +287,7 @@ class SteeredPipeline:
             log_weights=flat,
             log_z=flat[:, 0],
             chosen=flat[:, 0].long(),
-            images=as_images(self.pipe, samples) if self.decoder == "full" else None,
+            images=as_images(self.pipe, samples) if self.decoder != "none" else None,
             trace=Trace(),
             ledger=ledger,
         )

@@ -124,6 +124,17 @@ def decoder_of(pipe: Any, **call: Any) -> Callable[[Tensor], Tensor]:
     return partial(check_pipeline(pipe).layout, pipe, size_of(pipe, call))
 
 
+def tiny_decoder_of(pipe: Any, where: str = "", **call: Any) -> Callable[[Tensor], Tensor]:
+    """As `decoder_of`, with a tiny decoder (see `diffsteer.tiny`).
+
+    Args:
+        where: a local path or a hub id; "" is the published one of the pipeline's family.
+    """
+    from diffsteer.tiny import tiny_layout
+
+    return partial(tiny_layout(pipe, check_pipeline(pipe), where), pipe, size_of(pipe, call))
+
+
 def as_images(pipe: Any, samples: Tensor) -> list[Any] | None:
     """Samples (N, 3, H, W) in [0, 1] to PIL images, rounded as diffusers rounds; blacked out where a safety checker says so.
     Of a video (N, F, 3, H, W) a list of its frames; None for sound."""

@@ -99,13 +99,14 @@ def estimate(
     rewards: int = 1,
     chunk: int | None = None,
     experts: int = 1,
+    tiny: bool = False,
 ) -> Ledger:
     """The counts that a run will have, before it runs: equal to what it then counts, the padding of blocks aside.
 
     Args:
         steps: T, as the scheduler's grid has them.
         guided: classifier-free guidance doubles the evaluations.
-        decoded: samples are decoded before they are scored.
+        decoded: samples are decoded before they are scored; `tiny`: by a tiny decoder, but for the last time.
         rewards: 0 without a reward, 1 with one, 2 with another for the final choice.
         chunk: rows in a block. experts: predictions that are mixed for each row.
     """
@@ -113,7 +114,8 @@ def estimate(
     return Ledger(
         evaluations=rows * steps * (1 + guided) * experts,
         forwards=steps * math.ceil(rows / (chunk or rows)),
-        decodes=rows * events if decoded else 0,
+        decodes=rows * (1 if tiny else events) if decoded else 0,
+        tiny_decodes=rows * (events - 1) if decoded and tiny else 0,
         reward_calls=rows * (events * (rewards > 0) + (rewards > 1)),
     )
 
@@ -150,7 +152,7 @@ def run(
         if r is not None:
             r.prepare(texts, Context(0, session.steps, session.embedded))
     problem = Problem(len(session.prompts), session.steps, session.last_noise, session.seed, session.ids)
-    scorer = Scorer(reward, session.decoder, texts, ledger, session.embedded, session.cut)
+    scorer = Scorer(reward, session.decoder, texts, ledger, session.embedded, session.cut, session.tiny_decoder)
     select = Selection(sampler, problem, scorer, watch)
     x = session.walk(select)
     assert select.samples is not None

@@ -36,6 +36,7 @@ class Scorer:
     Args:
         reward: what to score with; None scores nothing.
         decode: latents (N, ...) -> samples; None leaves latents as they are.
+        tiny: a cheaper decoder for the scores on the way.
         prompts: one a group. embedded: see `Context`.
         cut: how rows are cut into blocks.
     """
@@ -48,9 +49,10 @@ class Scorer:
         ledger: Ledger,
         embedded: bool = False,
         cut: Blocks | None = None,
+        tiny: Decode | None = None,
     ) -> None:
         self.reward, self.decode_block, self.prompts, self.ledger = reward, decode, list(prompts), ledger
-        self.embedded, self.cut = embedded, cut or Blocks()
+        self.embedded, self.cut, self.tiny = embedded, cut or Blocks(), tiny
 
     def decode(self, latents: Tensor) -> Tensor:
         """(N, ...) latents -> (N, ...) samples, float32; the latents themselves without a decoder."""
@@ -73,9 +75,13 @@ class Scorer:
         real = len(set(rows))
         if self.decode_block is None:
             return latents[rows][: real if kept else None]
-        with self.ledger.timed("decode"):
-            samples = self.decode_block(latents[rows]).float()
-        self.ledger.decodes += real
+        tiny = None if kept else self.tiny
+        with self.ledger.timed("tiny decode" if tiny else "decode"):
+            samples = (tiny or self.decode_block)(latents[rows]).float()
+        if tiny:
+            self.ledger.tiny_decodes += real
+        else:
+            self.ledger.decodes += real
         return samples[: real if kept else None]
 
     def _score(

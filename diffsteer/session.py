@@ -31,8 +31,8 @@ class Session(ABC):
 
     Rows are numbered (prompt, particle), row = p * K + k. Each is keyed by its prompt's id and its slot k, so its noise does
     not depend on the other rows. Rows run in blocks of at most `chunk`, a segment each (and a callback of the user's is called
-    once a block); with `deterministic` every block has exactly `chunk` rows (8 unless said), the last one padded, so that on the
-    CPU a row's bits do not depend on how many others there are; with ``chunk="auto"`` blocks are halved when memory runs out.
+    once a block); with `deterministic` every block has exactly `chunk` rows (8 unless said), the last one padded, so that on
+    the CPU a row's bits do not depend on how many others there are; with ``chunk="auto"`` they are halved when memory runs out.
 
     With several experts a prompt is a tuple of as many texts, and inside a segment every row stands for them all, (row,
     expert): each is asked for its own text, their predictions are mixed by the experts' weights, and the state they step to is
@@ -46,6 +46,7 @@ class Session(ABC):
     levels: list[Level]
     shape: tuple[int, ...]
     decoder: Callable[[Tensor], Tensor] | None
+    tiny_decoder: Callable[[Tensor], Tensor] | None = None
     embedded: bool = False
 
     def __init__(
