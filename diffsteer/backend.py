@@ -17,7 +17,7 @@ from diffsteer.conditions import Memory
 from diffsteer.decoding import size_of
 from diffsteer.hooks import Watch, guidance_parts, watching
 from diffsteer.pipes import PER_PROMPT, check_call, check_pipeline, decoder_of, denoisers_of, tiny_decoder_of
-from diffsteer.scheduler import install
+from diffsteer.scheduler import install, native_state
 from diffsteer.selection import Selection
 from diffsteer.session import Arrival, Session
 from diffsteer.shapes.models import is_embedded, recommended
@@ -44,11 +44,14 @@ class DiffusersSession(Session):
         negative_prompt: str | Sequence[str] | None = None,
         latents: Tensor | None = None,
         decoder: str = "full",
+        transition: str = "own",
         call: dict[str, Any] | None = None,
         **keys: Any,
     ) -> None:
         super().__init__(prompts, **keys)
-        self.family = check_pipeline(pipe)
+        self.family, self.native = check_pipeline(pipe), transition == "native"
+        self._history: dict[int, list[Any]] = {}  # by row: what a native solver remembers of it
+        self._remembered: dict[str, Any] = {}  # what it remembers of all
         call = recommended(pipe) | (call or {})
         advised = call.pop("num_inference_steps", None)
         check_call(pipe, call)
@@ -123,7 +126,7 @@ class DiffusersSession(Session):
                 del self.shadow.prepare_latents
         scheduler = self.shadow.scheduler
         self.steps = len(scheduler._grid) - control.skipped
-        self.levels = scheduler.levels[control.skipped :] if self.eta else []
+        self.levels = scheduler.levels[control.skipped :] if self.eta or self.native else []
         self._noise_scale = float(scheduler.own_init_noise_sigma)
         if self.family.takes_latents:
             first = out if self.family.returns_states and out is not None else prepared[0]
@@ -153,7 +156,7 @@ class DiffusersSession(Session):
         """
         if self.interrupted:
             return Arrival(x, x)
-        if not self.eta and (start, stop) != (0, self.steps):
+        if not self.eta and not self.native and (start, stop) != (0, self.steps):
             name = type(self.user.scheduler).__name__
             raise UnsupportedError(
                 f"eta=0 steps with {name} itself, which runs from 0 to {self.steps} only, not {start} to {stop}"
@@ -204,8 +207,34 @@ class DiffusersSession(Session):
         finally:
             if hasattr(self.shadow, "maybe_free_model_hooks"):
                 self.shadow.maybe_free_model_hooks()
+        if self.native:
+            self.keep(self.shadow.scheduler, rows)
         self._stopped |= bool(getattr(self.shadow, "_interrupt", False))
         return Arrival(out[::count] if self.family.returns_states else control.x, control.x0)
+
+    def keep(self, scheduler: Any, rows: Sequence[int]) -> None:
+        """Note what a native solver remembers, row by row."""
+        names = native_state(self.user.scheduler)
+        for i, row in enumerate(rows):
+            self._history[row] = [[None if v is None else v[i] for v in getattr(scheduler, name)] for name in names]
+        if names:
+            self._remembered = {"lower_order_nums": scheduler.lower_order_nums}
+
+    def remind(self, scheduler: Any, rows: Sequence[int]) -> None:
+        """Tell a native solver again what it knew of these rows."""
+        for j, name in enumerate(native_state(self.user.scheduler)):
+            columns = zip(*(self._history[row][j] for row in rows), strict=True)
+            setattr(scheduler, name, [None if c[0] is None else torch.stack(c) for c in columns])
+        for name, value in self._remembered.items():
+            setattr(scheduler, name, value)
+
+    def follow(self, ancestors: Tensor) -> None:
+        """Rows have become copies of others: so do their histories."""
+        before = dict(self._history)
+        for p, chosen in enumerate(ancestors.tolist()):
+            for k, ancestor in enumerate(chosen):
+                if p * self.particles + ancestor in before:
+                    self._history[p * self.particles + k] = before[p * self.particles + ancestor]
 
     def _refuse_graph(self) -> None:
         name = type(self.user).__name__
@@ -291,7 +320,8 @@ def frozen(modules: Sequence[nn.Module]) -> Iterator[None]:
 class Record:
     """The control of a scheduler that is not steered: the user's own steps, and the states that they lead to."""
 
-    eta, start, stop, pipe, unit_noise, skipped, interrupts, experts = None, 0, None, None, False, 0, False, (1.0,)
+    eta, start, stop, pipe, unit_noise, skipped, interrupts = None, 0, None, None, False, 0, False
+    experts, native = (1.0,), False
 
     def __init__(self, doubled: bool) -> None:
         self.doubled, self.steps, self.x = doubled, 0, torch.empty(0)
@@ -320,16 +350,26 @@ class _SegmentControl:
         self.x: Tensor = torch.empty(0)
         self.x0: Tensor = torch.empty(0)
         self.skipped = 0  # of the grid, by a pipeline that starts in its middle
-        self.doubled, self.experts = session.family.doubled, session.experts
+        self.doubled, self.experts, self.native = session.family.doubled, session.experts, session.native
+        names = {cls.__name__ for cls in type(session.user.scheduler).__mro__}
+        self.takes_eta = bool(names & {"DDIMScheduler", "TCDScheduler"})
         self.interrupts = "interrupt" in inspect.unwrap(type(shadow).__call__).__code__.co_names
         self.select: Selection | None = None
 
     @property
     def eta(self) -> float | None:
-        return self.session.eta
+        return None if self.native else self.session.eta
 
     def begin(self, scheduler: Any) -> None:
-        """A call of the pipeline has set its grid."""
+        """A call of the pipeline has set its grid, and with it forgotten what the solver knew."""
+        if self.native and self.start:
+            self.session.remind(scheduler, self.rows)
+
+    def native_options(self, index: int) -> dict[str, Any]:
+        """For the solver's own step: a generator a row, keyed by the step."""
+        session, rows = self.session, [r for r in self.rows for _ in self.experts[:1]]
+        keyed = [rng.generator(session.seed, *session.key(r), index - self.skipped, "native") for r in rows]
+        return {"generator": keyed, "eta": session.eta} if self.takes_eta else {"generator": keyed}
 
     def noise(self, index: int, sample: Tensor, generator: Any) -> Tensor:
         self.session.shape = tuple(sample.shape[1:])  # a session whose first states the pipeline draws learns it here
@@ -340,5 +380,10 @@ class _SegmentControl:
         done = index + 1 - self.skipped
         if self.select is not None and done in self.select.events:
             x = self.select(done, x, x0)
+            if self.native:
+                session = self.session
+                session.keep(self.pipe.scheduler, self.rows)
+                session.follow(self.select.infos[-1].ancestors)
+                session.remind(self.pipe.scheduler, self.rows)
         self.x, self.x0 = x, x0
         return x

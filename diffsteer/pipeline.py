@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from diffsteer.session import Session
 
 DECODERS = ("full", "tiny", "none")
+TRANSITIONS = ("own", "native")
 
 
 def load_pipeline(name: str | Path = "shapes", **kwargs: Any) -> Any:
@@ -64,6 +65,8 @@ class SteeredPipeline:
         chunk: at most so many rows in the denoiser, the decoder and the reward at a time; None for all at once; "auto" halves
             that when memory runs out, and says so once.
         experts: weights of several texts a prompt, which is then a tuple of as many: their predictions are mixed at every step.
+        transition: "own" is diffsteer's, with the noise that the sampler's eta says; "native" steps with the user's own
+            stochastic scheduler (DDIM, DDPM, Euler ancestral, LCM, TCD, SDE-DPM-Solver++), its noise keyed.
         deterministic: bits that depend neither on the number of prompts nor on what else runs; see `Session`.
     """
 
@@ -79,7 +82,10 @@ class SteeredPipeline:
         chunk: Size = None,
         deterministic: bool = False,
         experts: Sequence[float] = (1.0,),
+        transition: str = "own",
     ) -> None:
+        if transition not in TRANSITIONS:
+            raise DiffsteerError(f"transition={transition!r} is unknown; valid: {', '.join(TRANSITIONS)}")
         if decoder.partition(":")[0] not in DECODERS:
             raise DiffsteerError(f"decoder={decoder!r} is unknown; valid: {', '.join(DECODERS)}")
         if output not in OUTPUTS:
@@ -92,6 +98,7 @@ class SteeredPipeline:
         self.reward = None if reward is None else as_reward(reward, seen)
         self.choice = None if choice is None else as_reward(choice, seen)
         check_size(chunk, deterministic)
+        self.transition = transition
         self.chunk, self.deterministic, self.experts = chunk, deterministic, tuple(experts)
         if sampler is not None and sampler.needs_reward and self.reward is None:
             raise DiffsteerError(f"the sampler {sampler.name} selects by a reward: give reward=")
@@ -174,6 +181,7 @@ class SteeredPipeline:
             negative_prompt=negative_prompt,
             latents=latents,
             decoder=self.decoder,
+            transition=self.transition,
             call=call,
             **options,
             **keys,

@@ -29,6 +29,15 @@ _NO_TRANSITION = {
     "FlowMatchHeunDiscreteScheduler",
     "CogVideoXDPMScheduler",
 }
+# Stochastic solvers whose own step can be taken for the transition, and what of their state belongs to the rows.
+NATIVE: dict[str, tuple[str, ...]] = {
+    "DDIMScheduler": (),
+    "DDPMScheduler": (),
+    "EulerAncestralDiscreteScheduler": (),
+    "LCMScheduler": (),
+    "TCDScheduler": (),
+    "DPMSolverMultistepScheduler": ("model_outputs",),
+}
 _PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "velocity"}
 
 
@@ -62,6 +71,9 @@ class Control(Protocol):
 
     @property
     def experts(self) -> tuple[float, ...]: ...
+
+    @property
+    def native(self) -> bool: ...
 
     skipped: int
 
@@ -122,6 +134,7 @@ class SteeringMixin:
         control = self._control
         if control.eta:
             _drop_repeats(self)
+        if control.eta or control.native:
             self.levels = scheduler_levels(self)
             _refuse_rising(self)
         self._grid = self.timesteps.as_subclass(Tensor)
@@ -180,11 +193,15 @@ class SteeringMixin:
             self._step_index = k + 1  # scale_model_input of the sigma classes reads it
         else:
             own = {"eta": eta, "generator": generator, **kwargs}
+            if control.native:
+                own |= control.native_options(k)  # type: ignore[attr-defined]
             accepted = inspect.signature(super().step).parameters  # type: ignore[misc]
             own = {name: value for name, value in own.items() if name in accepted}
             out = super().step(model_output, timestep, sample, return_dict=True, **own)  # type: ignore[misc]
             x_next, estimate = out.prev_sample, getattr(out, "pred_original_sample", None)
             x0 = x_next if estimate is None else estimate
+            if control.native:
+                x0 = self._clean(k, model_output, sample)[0]
         self._index = k + 1
         x_next = control.arrived(k, len(self._grid), x_next.to(sample.dtype), x0, generator)
         if control.doubled:
@@ -196,25 +213,25 @@ class SteeringMixin:
     def _transition(
         self, k: int, model_output: Tensor, sample: Tensor, control: Control, generator: Any
     ) -> tuple[Tensor, Tensor]:
-        work = torch.promote_types(sample.dtype, torch.float32)
         at, to = self.levels[k], self.levels[k + 1]
-        config: Any = self.config  # type: ignore[attr-defined]
+        x0, eps = self._clean(k, model_output, sample)
+        noisy = bool((noise_std(at, to, control.eta or 0.0) > 0).any())
+        z = control.noise(k, sample, generator) if noisy else torch.zeros_like(x0)
+        return x0, transition(x0, eps, at, to, control.eta or 0.0, z.to(x0))
+
+    def _clean(self, k: int, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+        """The clean estimate and the noise, in single precision or better."""
+        work = torch.promote_types(sample.dtype, torch.float32)
+        at, config = self.levels[k], self.config  # type: ignore[attr-defined]
         output = model_output[:, : sample.shape[1]].to(work)  # a learned variance rides along as further channels
         x, prediction = sample.to(work), _prediction(self)
         if prediction == "preconditioned":
-            sigma = float(at.sigma)
-            x0 = self.precondition_outputs(x, output, sigma)  # type: ignore[attr-defined]
-            eps = (x - x0) / sigma
-        else:
-            x0, eps = to_clean(prediction, x, output, at)
+            x0 = self.precondition_outputs(x, output, float(at.sigma))  # type: ignore[attr-defined]
+            return x0, (x - x0) / float(at.sigma)
+        x0, eps = to_clean(prediction, x, output, at)
         if getattr(config, "clip_sample", False):
             x0 = x0.clamp(-config.clip_sample_range, config.clip_sample_range)
-        z = (
-            control.noise(k, sample, generator)
-            if bool((noise_std(at, to, control.eta or 0.0) > 0).any())
-            else torch.zeros_like(x0)
-        )
-        return x0, transition(x0, eps, at, to, control.eta or 0.0, z.to(x0))
+        return x0, eps
 
     def _locate(self, timestep: Any) -> int:
         """The index of a timestep, by value at first, then by counting; a grid may hold the same value twice."""
@@ -274,6 +291,8 @@ def install(scheduler: Any, control: Control) -> Any:
         raise UnsupportedError(f"{cls.__name__} is steered already: give the scheduler that it was made from")
     if control.eta:
         _refuse(scheduler)
+    if control.native:
+        native_state(scheduler)
     new = copy.copy(scheduler)
     for name, value in vars(scheduler).items():
         if isinstance(value, list):
@@ -283,6 +302,23 @@ def install(scheduler: Any, control: Control) -> Any:
     new.__class__ = steered_class(cls)  # type: ignore[arg-type]  # classes are hashable
     new._control = control
     return new
+
+
+def native_state(scheduler: Any) -> tuple[str, ...]:
+    """The attributes of a solver that hold something of each row, for ``transition="native"``.
+
+    Raises:
+        UnsupportedError: a solver without noise of its own, or whose state is not known.
+    """
+    config, names = scheduler.config, [cls.__name__ for cls in type(scheduler).__mro__]
+    found = next((NATIVE[name] for name in names if name in NATIVE), None)
+    if found is None or (found and "sde" not in config.algorithm_type):
+        own = "of its own noise" if found is None else f"with algorithm_type={config.algorithm_type!r}"
+        raise UnsupportedError(
+            f"{type(scheduler).__name__} {own} is no transition to resample after; transition=native takes "
+            f"{', '.join(NATIVE)} (the last with algorithm_type='sde-dpmsolver++'); transition=own takes most others"
+        )
+    return found
 
 
 def _refuse(scheduler: Any) -> None:

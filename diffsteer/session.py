@@ -46,6 +46,7 @@ class Session(ABC):
     levels: list[Level]
     shape: tuple[int, ...]
     decoder: Callable[[Tensor], Tensor] | None
+    native = False
     tiny_decoder: Callable[[Tensor], Tensor] | None = None
     embedded: bool = False
 
@@ -80,6 +81,8 @@ class Session(ABC):
     @property
     def last_noise(self) -> int:
         """The index of the last transition that adds noise, -1 if none does."""
+        if self.native:
+            return self.steps - 2
         pairs = zip(self.levels[:-1], self.levels[1:], strict=True)
         return max((k for k, (a, b) in enumerate(pairs) if float(noise_std(a, b, self.eta)) > 0), default=-1)
 
@@ -179,7 +182,11 @@ class Session(ABC):
             with torch.no_grad():
                 arrival = self.segment(x, at, event)
                 x, at = select(event, arrival.x, arrival.x0), event
+                self.follow(select.infos[-1].ancestors)
         return x
+
+    def follow(self, ancestors: Tensor) -> None:  # noqa: B027
+        """Rows have become copies of others: what a session keeps of rows beside their states goes with them."""
 
     @abstractmethod
     def _segment(self, x: Tensor, start: int, stop: int, rows: Sequence[int]) -> Arrival:
