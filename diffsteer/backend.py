@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,10 +12,12 @@ from torch import Tensor, nn
 
 from diffsteer import rng
 from diffsteer.conditions import Memory
+from diffsteer.controls import SegmentControl, frozen, only_latents
 from diffsteer.decoding import size_of
 from diffsteer.hooks import Watch, guidance_parts, watching
+from diffsteer.levels import native_state
 from diffsteer.pipes import PER_PROMPT, check_call, check_pipeline, decoder_of, denoisers_of, tiny_decoder_of
-from diffsteer.scheduler import install, native_state
+from diffsteer.scheduler import install
 from diffsteer.selection import Selection
 from diffsteer.session import Arrival, Session
 from diffsteer.shapes.models import is_embedded, recommended
@@ -70,7 +70,7 @@ class DiffusersSession(Session):
         self.tiny_decoder = tiny_decoder_of(pipe, where, **call) if kind == "tiny" else None
         self._size = size_of(pipe, call)
         self.shadow = copy.copy(pipe)
-        self._control = _SegmentControl(self, self.shadow)
+        self._control = SegmentControl(self, self.shadow)
         self.shadow.scheduler = install(pipe.scheduler, self._control)
         self.shadow._progress_bar_config = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
         if hasattr(pipe, "encode_prompt"):
@@ -197,7 +197,7 @@ class DiffusersSession(Session):
             shown = x if count == 1 else x.repeat_interleave(count, 0)
             call["latents"] = self.family.enter(self.user, self._size, shown)
         if call.get("callback_on_step_end") is not None and (start, stop) != (0, self.steps):
-            call |= _only_latents(call["callback_on_step_end"])
+            call |= only_latents(call["callback_on_step_end"])
         control = self._control
         control.start, control.stop, control.rows, control.x, control.x0 = start, stop, rows, x, x
         run = type(self.shadow).__call__
@@ -260,25 +260,6 @@ class DiffusersSession(Session):
         return call
 
 
-def _only_latents(callback: Any) -> dict[str, Any]:
-    """A user's callback for a segment: the next segment would not know what it changes beside the latents."""
-
-    def watched(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> Any:
-        before, scale = dict(tensors), pipe._guidance_scale
-        returned = callback(pipe, index, timestep, tensors)
-        changed = [name for name, v in (returned or {}).items() if name != "latents" and v is not before.get(name)]
-        changed += ["guidance_scale"] if pipe._guidance_scale != scale else []
-        if changed:
-            raise UnsupportedError(
-                f"callback_on_step_end changes {changed[0]}, which does not last in a run in blocks of rows: "
-                "leave chunk and deterministic out"
-            )
-        return returned
-
-    own = getattr(callback, "tensor_inputs", None)  # of diffusers' own callback classes
-    return {"callback_on_step_end": watched} | ({} if own is None else {"callback_on_step_end_tensor_inputs": own})
-
-
 def grid_length(pipe: Any, steps: int, eta: float | None) -> int:
     """How often a call with so many steps evaluates the denoiser for a row: more than `steps` for solvers with inner steps."""
     if eta:
@@ -286,104 +267,3 @@ def grid_length(pipe: Any, steps: int, eta: float | None) -> int:
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(steps)
     return len(scheduler.timesteps)
-
-
-_freezing = threading.Lock()
-_frozen: dict[
-    int, tuple[int, list[nn.Parameter]]
-] = {}  # by module: how many runs hold it, and which parameters wanted gradients
-
-
-@contextmanager
-def frozen(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Parameters want no gradients inside; runs in several threads, and nested ones, may hold the same modules."""
-    with _freezing:
-        for module in modules:
-            holders, wanted = _frozen.get(id(module), (0, []))
-            wanted = wanted or [p for p in module.parameters() if p.requires_grad]
-            for p in wanted:
-                p.requires_grad_(False)
-            _frozen[id(module)] = (holders + 1, wanted)
-    try:
-        yield
-    finally:
-        with _freezing:
-            for module in modules:
-                holders, wanted = _frozen.pop(id(module))
-                if holders > 1:
-                    _frozen[id(module)] = (holders - 1, wanted)
-                else:
-                    for p in wanted:
-                        p.requires_grad_(True)
-
-
-class Record:
-    """The control of a scheduler that is not steered: the user's own steps, and the states that they lead to."""
-
-    eta, start, stop, pipe, unit_noise, skipped, interrupts = None, 0, None, None, False, 0, False
-    experts, native = (1.0,), False
-
-    def __init__(self, doubled: bool) -> None:
-        self.doubled, self.steps, self.x = doubled, 0, torch.empty(0)
-
-    def begin(self, scheduler: Any) -> None:
-        """A call of the pipeline has set its grid."""
-
-    def noise(self, index: int, sample: Tensor, generator: Any) -> Tensor:
-        """Never asked for: without eta there is no transition of ours."""
-        return torch.zeros_like(sample)
-
-    def arrived(self, index: int, total: int, x: Tensor, x0: Tensor, generator: Any) -> Tensor:
-        self.x, self.steps = x, self.steps + 1
-        return x
-
-
-class _SegmentControl:
-    """What the scheduler of a session's shadow asks: the segment in hand."""
-
-    unit_noise = True
-
-    def __init__(self, session: DiffusersSession, shadow: Any) -> None:
-        self.session, self.pipe = session, shadow
-        self.start = self.stop = 0
-        self.rows: Sequence[int] = []
-        self.x: Tensor = torch.empty(0)
-        self.x0: Tensor = torch.empty(0)
-        self.skipped = 0  # of the grid, by a pipeline that starts in its middle
-        self.doubled, self.experts, self.native = session.family.doubled, session.experts, session.native
-        names = {cls.__name__ for cls in type(session.user.scheduler).__mro__}
-        self.takes_eta = bool(names & {"DDIMScheduler", "TCDScheduler"})
-        self.interrupts = "interrupt" in inspect.unwrap(type(shadow).__call__).__code__.co_names
-        self.select: Selection | None = None
-
-    @property
-    def eta(self) -> float | None:
-        return None if self.native else self.session.eta
-
-    def begin(self, scheduler: Any) -> None:
-        """A call of the pipeline has set its grid, and with it forgotten what the solver knew."""
-        if self.native and self.start:
-            self.session.remind(scheduler, self.rows)
-
-    def native_options(self, index: int) -> dict[str, Any]:
-        """For the solver's own step: a generator a row, keyed by the step."""
-        session, rows = self.session, [r for r in self.rows for _ in self.experts[:1]]
-        keyed = [rng.generator(session.seed, *session.key(r), index - self.skipped, "native") for r in rows]
-        return {"generator": keyed, "eta": session.eta} if self.takes_eta else {"generator": keyed}
-
-    def noise(self, index: int, sample: Tensor, generator: Any) -> Tensor:
-        self.session.shape = tuple(sample.shape[1:])  # a session whose first states the pipeline draws learns it here
-        return self.session.step_noise(self.rows, index - self.skipped)
-
-    def arrived(self, index: int, total: int, x: Tensor, x0: Tensor, generator: Any) -> Tensor:
-        self.session._outputs = self.session._watch.take()
-        done = index + 1 - self.skipped
-        if self.select is not None and done in self.select.events:
-            x = self.select(done, x, x0)
-            if self.native:
-                session = self.session
-                session.keep(self.pipe.scheduler, self.rows)
-                session.follow(self.select.infos[-1].ancestors)
-                session.remind(self.pipe.scheduler, self.rows)
-        self.x, self.x0 = x, x0
-        return x

@@ -17,28 +17,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from diffsteer.algebra import Level, level, mixed, noise_std, to_clean, transition
+from diffsteer.algebra import Level, mixed, noise_std, to_clean, transition
+from diffsteer.levels import drop_repeats, native_state, prediction_of, refuse_rising, refuse_transition, scheduler_levels
 from diffsteer.types import UnsupportedError
-
-# These walk half steps or keep a noise process of their own, so the levels of their grid are no chain of one-step transitions.
-_NO_TRANSITION = {
-    "KDPM2DiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "DPMSolverSDEScheduler",
-    "IPNDMScheduler",
-    "FlowMatchHeunDiscreteScheduler",
-    "CogVideoXDPMScheduler",
-}
-# Stochastic solvers whose own step can be taken for the transition, and what of their state belongs to the rows.
-NATIVE: dict[str, tuple[str, ...]] = {
-    "DDIMScheduler": (),
-    "DDPMScheduler": (),
-    "EulerAncestralDiscreteScheduler": (),
-    "LCMScheduler": (),
-    "TCDScheduler": (),
-    "DPMSolverMultistepScheduler": ("model_outputs",),
-}
-_PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "velocity"}
 
 
 class Control(Protocol):
@@ -133,10 +114,10 @@ class SteeringMixin:
         super().set_timesteps(*args, **kwargs)  # type: ignore[misc]
         control = self._control
         if control.eta:
-            _drop_repeats(self)
+            drop_repeats(self)
         if control.eta or control.native:
             self.levels = scheduler_levels(self)
-            _refuse_rising(self)
+            refuse_rising(self)
         self._grid = self.timesteps.as_subclass(Tensor)
         self._index = None  # not located yet
         if control.start and hasattr(self, "_begin_index"):
@@ -224,7 +205,7 @@ class SteeringMixin:
         work = torch.promote_types(sample.dtype, torch.float32)
         at, config = self.levels[k], self.config  # type: ignore[attr-defined]
         output = model_output[:, : sample.shape[1]].to(work)  # a learned variance rides along as further channels
-        x, prediction = sample.to(work), _prediction(self)
+        x, prediction = sample.to(work), prediction_of(self)
         if prediction == "preconditioned":
             x0 = self.precondition_outputs(x, output, float(at.sigma))  # type: ignore[attr-defined]
             return x0, (x - x0) / float(at.sigma)
@@ -290,7 +271,7 @@ def install(scheduler: Any, control: Control) -> Any:
     if issubclass(cls, SteeringMixin):
         raise UnsupportedError(f"{cls.__name__} is steered already: give the scheduler that it was made from")
     if control.eta:
-        _refuse(scheduler)
+        refuse_transition(scheduler)
     if control.native:
         native_state(scheduler)
     new = copy.copy(scheduler)
@@ -302,84 +283,3 @@ def install(scheduler: Any, control: Control) -> Any:
     new.__class__ = steered_class(cls)  # type: ignore[arg-type]  # classes are hashable
     new._control = control
     return new
-
-
-def native_state(scheduler: Any) -> tuple[str, ...]:
-    """The attributes of a solver that hold something of each row, for ``transition="native"``.
-
-    Raises:
-        UnsupportedError: a solver without noise of its own, or whose state is not known.
-    """
-    config, names = scheduler.config, [cls.__name__ for cls in type(scheduler).__mro__]
-    found = next((NATIVE[name] for name in names if name in NATIVE), None)
-    if found is None or (found and "sde" not in config.algorithm_type):
-        own = "of its own noise" if found is None else f"with algorithm_type={config.algorithm_type!r}"
-        raise UnsupportedError(
-            f"{type(scheduler).__name__} {own} is no transition to resample after; transition=native takes "
-            f"{', '.join(NATIVE)} (the last with algorithm_type='sde-dpmsolver++'); transition=own takes most others"
-        )
-    return found
-
-
-def _refuse(scheduler: Any) -> None:
-    name, config = type(scheduler).__name__, scheduler.config
-    if _NO_TRANSITION & {cls.__name__ for cls in type(scheduler).__mro__}:
-        raise UnsupportedError(
-            f"{name} has no one-step transition between its levels; use DDIMScheduler or EulerDiscreteScheduler"
-        )
-    if getattr(config, "thresholding", False):
-        raise UnsupportedError(f"{name} has thresholding=True, which the transition does not follow; set it to False")
-    if _prediction(scheduler) == "":
-        valid = ", ".join(_PREDICTIONS)
-        said = getattr(config, "prediction_type", None)
-        raise UnsupportedError(f"{name} has prediction_type={said!r}; the transition knows {valid}")
-    known = ("alphas_cumprod", "_sigma_to_alpha_sigma_t", "precondition_outputs")
-    if not (_is_flow(scheduler) or any(hasattr(scheduler, what) for what in known)):
-        raise UnsupportedError(f"{name}: its levels are not known; use DDIMScheduler or EulerDiscreteScheduler")
-
-
-def _is_flow(scheduler: Any) -> bool:
-    return any(cls.__name__ == "FlowMatchEulerDiscreteScheduler" for cls in type(scheduler).__mro__)
-
-
-def _prediction(scheduler: Any) -> str:
-    """What the model predicts, in the words of `to_clean`; "preconditioned" where the scheduler reads it; "" if unknown."""
-    if hasattr(scheduler, "precondition_outputs"):
-        return "preconditioned"
-    said = "flow_prediction" if _is_flow(scheduler) else getattr(scheduler.config, "prediction_type", None)
-    return _PREDICTIONS.get(str(said), "")
-
-
-def _refuse_rising(scheduler: Any) -> None:
-    noise = [float(at.sigma) / max(float(at.alpha), 1e-12) for at in scheduler.levels]
-    if any(b > a * (1 + 1e-9) for a, b in zip(noise, noise[1:], strict=False)):
-        raise UnsupportedError(
-            f"{type(scheduler).__name__}: its noise does not fall from step to step, so it is no sampler's grid"
-        )
-
-
-def _drop_repeats(scheduler: Any) -> None:
-    """Heun and PNDM visit levels twice, for their second evaluations; a one-step transition needs each level once."""
-    grid = scheduler.timesteps
-    keep = torch.cat([torch.ones(1, dtype=torch.bool), (grid[1:] != grid[:-1]).cpu()])
-    if getattr(type(scheduler), "order", 1) > 1 or type(scheduler).__name__ == "PNDMScheduler":
-        scheduler.order = 1  # image-to-image pipelines cut the grid in steps of this
-        scheduler.timesteps = grid[keep.to(grid.device)]
-        if getattr(scheduler, "sigmas", None) is not None:
-            scheduler.sigmas = torch.cat([scheduler.sigmas[:-1][keep.to(scheduler.sigmas.device)], scheduler.sigmas[-1:]])
-
-
-def scheduler_levels(scheduler: Any) -> list[Level]:
-    """The levels of a scheduler's grid after `set_timesteps`, the last one after its final step included: T + 1 of them."""
-    if _is_flow(scheduler):
-        return [level(1 - s, s) for s in scheduler.sigmas.double()]
-    if hasattr(scheduler, "precondition_outputs"):
-        return [level(1.0, s) for s in scheduler.sigmas.double()]
-    if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
-        return [level(*scheduler._sigma_to_alpha_sigma_t(s)) for s in scheduler.sigmas.double()]
-    if getattr(scheduler, "sigmas", None) is not None:
-        return [level(1.0, s) for s in scheduler.sigmas.double()]
-    cumulative = scheduler.alphas_cumprod.double()
-    final = float(getattr(scheduler, "final_alpha_cumprod", 1.0))
-    bars = [*cumulative[scheduler.timesteps.long().cpu()].tolist(), final]
-    return [level(bar**0.5, (1 - bar) ** 0.5) for bar in bars]

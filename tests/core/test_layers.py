@@ -20,11 +20,12 @@ PLUGINS = sorted([*(ROOT / "samplers").glob("*.py"), *(ROOT / "rewards").glob("*
 FLOORS = [
     ["rng", "algebra", "ledger", "types"],
     ["blocks"],
-    ["events", "particles", "resampling", "reward", "hooks", "decoding", "conditions"],
+    ["levels", "events", "particles", "resampling", "reward", "hooks", "decoding", "conditions"],
     ["families"],
     ["tiny"],
     ["pipes"],
     ["selection", "scheduler"],
+    ["controls"],
     ["session"],
     ["callable", "run", "backend"],
     ["pipeline", "dropin", "toy"],
