@@ -7,7 +7,7 @@ Everywhere ``x_t = alpha x0 + sigma eps``. VP: ``alpha^2 + sigma^2 = 1``; EDM: `
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -73,25 +73,38 @@ def mixed(output: Tensor, weights: Sequence[float]) -> Tensor:
     return (output.view(-1, len(weights), *output.shape[1:]) * w).sum(1)
 
 
-def noise_std(at: Level, to: Level, eta: float) -> Tensor:
-    """nu, the standard deviation of the noise that the transition adds.
-
-    ``nu^2 = eta^2 (sigma'^2 / sigma^2) (sigma^2 - (alpha / alpha')^2 sigma'^2)``: for VP the DDIM family (Song et al.,
-    2020, arXiv 2010.02502, eq. 16), eta = 1 being DDPM's posterior; the same family on any other path, finite at alpha = 0.
-    """
+def posterior_std(at: Level, to: Level) -> Tensor:
+    """``nu^2 = (sigma'^2 / sigma^2) (sigma^2 - (alpha / alpha')^2 sigma'^2)``: for VP DDPM's posterior (Song et al., 2020,
+    arXiv 2010.02502, eq. 16 with eta = 1); the same family on any other path, finite at alpha = 0."""
     inside = at.sigma**2 - (at.alpha / to.alpha) ** 2 * to.sigma**2
-    variance = (eta * to.sigma / at.sigma) ** 2 * inside.clamp(min=0)
+    variance = (to.sigma / at.sigma) ** 2 * inside.clamp(min=0)
     return torch.where(at.sigma > 0, variance, torch.zeros_like(variance)).sqrt()
 
 
-def transition_mean(x0: Tensor, eps: Tensor, at: Level, to: Level, eta: float) -> Tensor:
+def quadratic_std(at: Level, to: Level) -> Tensor:
+    """The noise of a diffusion with ``g(t) = 3 t^2`` in a flow's time t = sigma / (alpha + sigma) (Kim et al., 2025, arXiv
+    2503.19385): ``nu^2 = integral of g^2 = 9/5 (t^5 - t'^5)``, at most sigma', which forgets the old noise altogether."""
+    t, s = (v.sigma / (v.alpha + v.sigma) for v in (at, to))
+    return torch.minimum((9 / 5 * (t**5 - s**5).clamp(min=0)).sqrt(), to.sigma)
+
+
+# Amounts of noise by name; a sampler's eta in [0, 1] multiplies them.
+NOISES: dict[str, Callable[[Level, Level], Tensor]] = {"eta": posterior_std, "quadratic": quadratic_std}
+
+
+def noise_std(at: Level, to: Level, eta: float, noise: str = "eta") -> Tensor:
+    """nu, the standard deviation of the noise that the transition adds: eta times the named amount."""
+    return eta * NOISES[noise](at, to)
+
+
+def transition_mean(x0: Tensor, eps: Tensor, at: Level, to: Level, eta: float, noise: str = "eta") -> Tensor:
     """The mean of the next state: ``alpha' x0 + sqrt(sigma'^2 - nu^2) eps``. (N, ...) -> (N, ...)."""
-    nu = noise_std(at, to, eta)
+    nu = noise_std(at, to, eta, noise)
     along = (to.sigma**2 - nu**2).clamp(min=0).sqrt()
     return _broadcast(to.alpha, x0) * x0 + _broadcast(along, x0) * eps
 
 
-def transition(x0: Tensor, eps: Tensor, at: Level, to: Level, eta: float, z: Tensor) -> Tensor:
+def transition(x0: Tensor, eps: Tensor, at: Level, to: Level, eta: float, z: Tensor, noise: str = "eta") -> Tensor:
     """Draw the next state: the mean plus ``nu z``.
 
     Args:
@@ -99,20 +112,21 @@ def transition(x0: Tensor, eps: Tensor, at: Level, to: Level, eta: float, z: Ten
         to: the next level, with less noise.
         eta: amount of noise in [0, 1]; 0 is the deterministic DDIM step (Euler's step for a flow).
         z: standard normal, (N, ...).
+        noise: what eta is a share of, see `NOISES`. As steps grow fine every amount keeps the marginals of the model.
     """
-    return transition_mean(x0, eps, at, to, eta) + _broadcast(noise_std(at, to, eta), x0) * z
+    return transition_mean(x0, eps, at, to, eta, noise) + _broadcast(noise_std(at, to, eta, noise), x0) * z
 
 
-def log_density(x_next: Tensor, x0: Tensor, eps: Tensor, at: Level, to: Level, eta: float) -> Tensor:
+def log_density(x_next: Tensor, x0: Tensor, eps: Tensor, at: Level, to: Level, eta: float, noise: str = "eta") -> Tensor:
     """log p(x' | x) of the transition, summed over all elements of a row in float64. Returns (N,).
 
     Raises:
         ValueError: the transition is deterministic and has no density (eta or the next sigma is 0).
     """
-    nu = noise_std(at, to, eta)
+    nu = noise_std(at, to, eta, noise)
     if not bool((nu > 0).all()):
         raise ValueError("a deterministic transition has no density: eta and the next level's sigma must be positive")
-    z = (x_next - transition_mean(x0, eps, at, to, eta)).double() / _broadcast(nu, x0.double())
+    z = (x_next - transition_mean(x0, eps, at, to, eta, noise)).double() / _broadcast(nu, x0.double())
     count = z[0].numel()
     return -0.5 * z.flatten(1).square().sum(1) - count * (nu.log() + 0.5 * math.log(2 * math.pi))
 

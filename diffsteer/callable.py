@@ -107,5 +107,5 @@ class CallableSession(Session):
             self.ledger.forwards += 1
             self.ledger.evaluations += len(shown)
             x0, eps = to_clean(self.model.prediction, x, output, at)
-            x = transition(x0, eps, at, to, self.eta, self.step_noise(rows, k).to(x))
+            x = transition(x0, eps, at, to, self.eta, self.step_noise(rows, k).to(x), self.noise_kind)
         return Arrival(x, x0)

@@ -71,7 +71,7 @@ class Record:
     """The control of a scheduler that is not steered: the user's own steps, and the states that they lead to."""
 
     eta, start, stop, pipe, unit_noise, skipped, interrupts = None, 0, None, None, False, 0, False
-    experts, native = (1.0,), False
+    experts, native, noise_kind = (1.0,), False, "eta"
 
     def __init__(self, doubled: bool) -> None:
         self.doubled, self.steps, self.x = doubled, 0, torch.empty(0)
@@ -101,6 +101,7 @@ class SegmentControl:
         self.x0: Tensor = torch.empty(0)
         self.skipped = 0  # of the grid, by a pipeline that starts in its middle
         self.doubled, self.experts, self.native = session.family.doubled, session.experts, session.native
+        self.noise_kind = session.noise_kind
         names = {cls.__name__ for cls in type(session.user.scheduler).__mro__}
         self.takes_eta = bool(names & {"DDIMScheduler", "TCDScheduler"})
         self.interrupts = "interrupt" in inspect.unwrap(type(shadow).__call__).__code__.co_names

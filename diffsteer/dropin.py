@@ -63,7 +63,7 @@ class Steering:
     """The control of a drop-in scheduler, and the record of its last run."""
 
     start, stop, pipe, unit_noise, skipped = 0, None, None, False, 0
-    interrupts, doubled, experts, native = False, False, (1.0,), False
+    interrupts, doubled, experts, native, noise_kind = False, False, (1.0,), False, "eta"
 
     def __init__(
         self, sampler: Any, reward: Any, decoder: Any, prompts: Any, ids: Any, choice: Any, output: str, chunk: Size

@@ -20,6 +20,7 @@ from diffsteer.ledger import Ledger
 from diffsteer.reward import Reward, RewardFunction, as_reward
 from diffsteer.run import OUTPUTS, SteeredOutput, estimate, run
 from diffsteer.selection import Scorer, check_inputs
+from diffsteer.session import check_noise
 from diffsteer.shapes.models import MODELS
 from diffsteer.types import Context, DiffsteerError, Info, Sampler, Trace, UnsupportedError
 
@@ -67,6 +68,7 @@ class SteeredPipeline:
         experts: weights of several texts a prompt, which is then a tuple of as many: their predictions are mixed at every step.
         transition: "own" is diffsteer's, with the noise that the sampler's eta says; "native" steps with the user's own
             stochastic scheduler (DDIM, DDPM, Euler ancestral, LCM, TCD, SDE-DPM-Solver++), its noise keyed.
+        noise: what the sampler's eta is a share of: "eta", DDPM's posterior noise, or "quadratic", g(t) = 3 t^2 for flows.
         deterministic: bits that depend neither on the number of prompts nor on what else runs; see `Session`.
     """
 
@@ -83,7 +85,9 @@ class SteeredPipeline:
         deterministic: bool = False,
         experts: Sequence[float] = (1.0,),
         transition: str = "own",
+        noise: str = "eta",
     ) -> None:
+        check_noise(noise)
         if transition not in TRANSITIONS:
             raise DiffsteerError(f"transition={transition!r} is unknown; valid: {', '.join(TRANSITIONS)}")
         if decoder.partition(":")[0] not in DECODERS:
@@ -98,7 +102,7 @@ class SteeredPipeline:
         self.reward = None if reward is None else as_reward(reward, seen)
         self.choice = None if choice is None else as_reward(choice, seen)
         check_size(chunk, deterministic)
-        self.transition = transition
+        self.transition, self.noise = transition, noise
         self.chunk, self.deterministic, self.experts = chunk, deterministic, tuple(experts)
         if sampler is not None and sampler.needs_reward and self.reward is None:
             raise DiffsteerError(f"the sampler {sampler.name} selects by a reward: give reward=")
@@ -161,6 +165,7 @@ class SteeredPipeline:
             "chunk": self.chunk,
             "deterministic": self.deterministic,
             "experts": self.experts,
+            "noise": self.noise,
         }
         if isinstance(self.pipe, CallableModel):
             if call or negative_prompt is not None or latents is not None:

@@ -56,6 +56,9 @@ class Control(Protocol):
     @property
     def native(self) -> bool: ...
 
+    @property
+    def noise_kind(self) -> str: ...
+
     skipped: int
 
     def begin(self, scheduler: Any) -> None: ...
@@ -196,9 +199,9 @@ class SteeringMixin:
     ) -> tuple[Tensor, Tensor]:
         at, to = self.levels[k], self.levels[k + 1]
         x0, eps = self._clean(k, model_output, sample)
-        noisy = bool((noise_std(at, to, control.eta or 0.0) > 0).any())
+        noisy = bool((noise_std(at, to, control.eta or 0.0, control.noise_kind) > 0).any())
         z = control.noise(k, sample, generator) if noisy else torch.zeros_like(x0)
-        return x0, transition(x0, eps, at, to, control.eta or 0.0, z.to(x0))
+        return x0, transition(x0, eps, at, to, control.eta or 0.0, z.to(x0), control.noise_kind)
 
     def _clean(self, k: int, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
         """The clean estimate and the noise, in single precision or better."""

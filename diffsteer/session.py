@@ -11,12 +11,22 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from diffsteer import rng
-from diffsteer.algebra import Level, noise_std
+from diffsteer.algebra import NOISES, Level, noise_std
 from diffsteer.blocks import Blocks, Size
 from diffsteer.ledger import Ledger
 from diffsteer.rng import Id
 from diffsteer.selection import Selection
 from diffsteer.types import DiffsteerError
+
+
+def check_noise(noise: str) -> None:
+    """Refuse an unknown amount of noise.
+
+    Raises:
+        DiffsteerError: with those that are valid.
+    """
+    if noise not in NOISES:
+        raise DiffsteerError(f"noise={noise!r} is unknown; valid: {', '.join(NOISES)}")
 
 
 class Arrival(NamedTuple):
@@ -60,7 +70,10 @@ class Session(ABC):
         chunk: Size = None,
         deterministic: bool = False,
         experts: Sequence[float] = (1.0,),
+        noise: str = "eta",
     ) -> None:
+        check_noise(noise)
+        self.noise_kind = noise
         self.prompts, self.particles, self.seed, self.eta = list(prompts), particles, seed, eta
         self.ids = tuple(range(len(self.prompts)) if ids is None else ids)
         if len(self.ids) != len(self.prompts) or len(set(self.ids)) != len(self.ids):
@@ -84,7 +97,7 @@ class Session(ABC):
         if self.native:
             return self.steps - 2
         pairs = zip(self.levels[:-1], self.levels[1:], strict=True)
-        return max((k for k, (a, b) in enumerate(pairs) if float(noise_std(a, b, self.eta)) > 0), default=-1)
+        return max((k for k, (a, b) in enumerate(pairs) if float(noise_std(a, b, self.eta, self.noise_kind)) > 0), default=-1)
 
     def key(self, row: int) -> tuple[Id, int]:
         """A row's prompt id and slot."""
