@@ -74,7 +74,8 @@ class DiffusersSession(Session):
         self.shadow.scheduler = install(pipe.scheduler, self._control)
         self.shadow._progress_bar_config = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
         if hasattr(pipe, "encode_prompt"):
-            self.shadow.encode_prompt = Memory(self.shadow.encode_prompt, self.family.together)
+            every = {"prompt": self.prompts, **{k: v for k, v in self.each.items() if "prompt" in k}}
+            self.shadow.encode_prompt = Memory(self.shadow.encode_prompt, every if self.family.together else None)
         self._denoisers = denoisers_of(pipe)
         self._modules = [m for m in pipe.components.values() if isinstance(m, nn.Module)]
         self._watch = Watch(self.ledger, keep=True)

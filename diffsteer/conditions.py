@@ -21,14 +21,17 @@ Results = Any  # a tensor, or a tuple of tensors, lists of tensors, and None
 class Memory:
     """Stands in for `pipe.encode_prompt`.
 
-    A row's result does not depend on the other rows, unless texts of different lengths get results of different lengths, or
-    `together` says that the encoder mixes rows: then a call's rows are encoded as they stand, and that is remembered.
+    A row's result does not depend on the other rows, unless texts of different lengths get results of different lengths: then a
+    call's rows are encoded as they stand, and that is remembered.
+
+    Args:
+        together: every row of the session, as lists of arguments: for encoders that mix rows, which then see them all, once.
 
     Attributes:
         calls: of the pipeline's own encoder.
     """
 
-    def __init__(self, encode: Callable[..., Results], together: bool = False) -> None:
+    def __init__(self, encode: Callable[..., Results], together: dict[str, list[Any]] | None = None) -> None:
         self.encode, self.together, self.calls = encode, together, 0
         self._signature = inspect.signature(encode)
         self._known: dict[Any, Results] = {}
@@ -42,12 +45,13 @@ class Memory:
         if not isinstance(prompt, list) or any(isinstance(v, Tensor) for v in given.values()):
             return self._remembered(given)
         rows = len(prompt)
-        if not self.together:
-            single = [{k: _row(v, i, rows) for k, v in given.items()} for i in range(rows)]
-            joined = _join([self._remembered(one) for one in single])
-            if joined is not _UNEQUAL:
-                return joined
-        return self._remembered(given)
+        if self.together is not None:
+            all_rows = list(zip(*self.together.values(), strict=True))
+            asked = [all_rows.index(row) for row in zip(*(given[name] for name in self.together), strict=True)]
+            return _pick(self._remembered(given | self.together), asked, len(all_rows))
+        single = [{k: _row(v, i, rows) for k, v in given.items()} for i in range(rows)]
+        joined = _join([self._remembered(one) for one in single])
+        return self._remembered(given) if joined is _UNEQUAL else joined
 
     def _remembered(self, given: dict[str, Any]) -> Results:
         key = tuple((k, _key(v)) for k, v in given.items())
@@ -76,6 +80,16 @@ def _key(value: Any) -> Any:
     if isinstance(value, (torch.device, torch.dtype)):
         return str(value)
     return value if isinstance(value, (str, int, float, bool, type(None))) else (type(value).__name__, id(value))
+
+
+def _pick(results: Results, rows: list[int], count: int) -> Results:
+    """Some rows of the results for all; guidance may have put several sets of all rows one after the other."""
+    if isinstance(results, tuple):
+        return tuple(_pick(r, rows, count) for r in results)
+    if not isinstance(results, Tensor):
+        return results
+    sets = results.view(-1, count, *results.shape[1:])
+    return sets[:, rows].flatten(0, 1)
 
 
 def _join(results: list[Results]) -> Results:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,6 +95,21 @@ def test_a_run_in_pieces_is_one_run(name: str) -> None:
         assert memory.calls == before, "conditions are encoded once a session"
 
 
+@pytest.mark.parametrize("name", [name for name in CARRIED if not FAMILIES[name.split()[0]].no_reentry])
+def test_rows_run_in_blocks_and_give_gradients(name: str) -> None:
+    whole, parts = session(name), session(name, chunk=1)
+    x = whole.noise()
+    assert torch.equal(x, parts.noise())
+    one, other = (s.segment(x, 0, 2) for s in (whole, parts))
+    torch.testing.assert_close(one.x, other.x, rtol=1e-3, atol=1e-3)
+    found, arrival = whole.gradient(x, 0, lambda x0, rows: x0.square().flatten(1).mean(1))
+    assert found.shape == x.shape and bool(found.isfinite().all()) and bool((found.flatten(1).abs().amax(1) > 0).all())
+    assert torch.equal(arrival.x, whole.segment(x, 0, 1).x)
+    torch.testing.assert_close(
+        parts.gradient(x, 0, lambda x0, rows: x0.square().flatten(1).mean(1))[0], found, rtol=1e-2, atol=1e-4
+    )
+
+
 @pytest.mark.parametrize("name", CARRIED)
 def test_decoding_is_the_pipelines_own(name: str) -> None:
     """The last latents, decoded by the layout, are what the pipeline returns."""
@@ -135,6 +151,28 @@ def test_sampler_none_is_the_plain_pipeline_bit_for_bit(name: str) -> None:
     )[toy.output]
     ours = out.samples[:, 0]
     torch.testing.assert_close(ours if own.ndim == ours.ndim else ours.squeeze(1), own.float(), rtol=1e-4, atol=1e-4)
+
+
+def table() -> str:
+    """The README's table: what the tests above prove of each class."""
+    kinds = {"images": "images", "frames": "video", "audios": "sound"}
+    lines = [
+        "| pipeline class | makes | particles | in blocks, from any step, gradients | tiny decoder |",
+        "|---|---|---|---|---|",
+    ]
+    for name in CARRIED:
+        if " " in name:  # a variant of the row above
+            continue
+        family = FAMILIES[name]
+        cut = f"no: {family.no_reentry}" if family.no_reentry else "yes"
+        lines.append(f"| {name} | {kinds[TOYS[name].output]} | yes | {cut} | {family.tiny or 'none'} |")
+    return "\n".join(lines)
+
+
+def test_the_readmes_table_is_this() -> None:
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    assert table() in text, f"put this into README.md:\n{table()}"
+    assert {name.split()[0] for name in CARRIED} == set(FAMILIES), "every class in the table of facts has a toy"
 
 
 SIX = [
