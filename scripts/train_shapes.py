@@ -190,7 +190,8 @@ def stage_unet(work: Path) -> None:
     from diffusers import DDIMScheduler
 
     torch.manual_seed(2)
-    make_tokenizer().save_pretrained(work / "tokenizer")
+    if not (work / "tokenizer").exists():
+        make_tokenizer().save_pretrained(work / "tokenizer")
     ids = tokenize(work / "tokenizer", (work / "captions.txt").read_text().split("\n")[:ENCODED])
     empty = tokenize(work / "tokenizer", [""])
     latents, painter = torch.load(work / "latents.pt", weights_only=True), Painter(int(ids.max()) + 1)
