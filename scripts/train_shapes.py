@@ -21,7 +21,7 @@ import functools
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -259,29 +259,34 @@ def with_negatives(scenes: list[Scene], rng: np.random.Generator, hard: bool = F
     return texts
 
 
-def twins(pairs: int, rng: np.random.Generator, hard: bool = False) -> list[Scene]:
+def twins(pairs: int, rng: np.random.Generator, hard: bool = False, tasks: Sequence[str] = TASKS) -> list[Scene]:
     """`pairs` scenes, each followed by one that differs in a single attribute; with `hard` every other one is rearranged."""
     scenes = []
     for i in range(pairs):
-        scene = sample_scene(TASKS[i % len(TASKS)], rng, pairs="seen")
+        scene = sample_scene(tasks[i % len(tasks)], rng, pairs="seen")
         moved = rearranged(scene.statement) if hard and rng.random() < 0.5 else []
         others = moved or one_attribute_changed(scene.statement)
         scenes += [scene, scene_of(others[rng.integers(len(others))], rng)]
     return scenes
 
 
-def contrast(clip: nn.Module, folder: Path, images: Tensor, scenes: list[Scene], texts: list[str]) -> Tensor:
-    """CLIP's loss; `images` (N, 3, 64, 64) in [0, 1] show `scenes`, whose captions lead `texts`."""
+def contrast(clip: nn.Module, folder: Path, images: Tensor, scenes: list[Scene], texts: list[str], own: float = 0.0) -> Tensor:
+    """CLIP's loss; `images` (N, 3, 64, 64) in [0, 1] show `scenes`, whose captions lead `texts`, then come as many negatives of
+    each. `own` weighs a loss of its own for each caption among its negatives alone, where order and relation decide."""
     statements = [parse(text) for text in texts]
     true = torch.tensor([[describes(s, scene) for s in statements] for scene in scenes])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         image = clip.encode_image((images - 0.5) / 0.5).float()
     image, text = F.normalize(image, dim=-1), F.normalize(clip.encode_text(tokenize(folder, texts)), dim=-1)
     logits = clip.logit_scale.exp().clamp(max=100) * image @ text.T
-    own = torch.eye(*logits.shape, dtype=torch.bool)
-    logits = logits.masked_fill(true & ~own, -1e4)  # another caption that is true of the image is no negative
+    logits = logits.masked_fill(true & ~torch.eye(*logits.shape, dtype=torch.bool), -1e4)  # another true caption is no negative
     n = len(scenes)
-    return (F.cross_entropy(logits, torch.arange(n)) + F.cross_entropy(logits[:, :n].T, torch.arange(n))) / 2
+    loss = (F.cross_entropy(logits, torch.arange(n)) + F.cross_entropy(logits[:, :n].T, torch.arange(n))) / 2
+    if not own:
+        return loss
+    row = torch.arange(n)
+    among = torch.cat([logits[row, row][:, None], logits[:, n:].view(n, n, -1)[row, row]], 1)
+    return loss + own * F.cross_entropy(among, torch.zeros(n, dtype=torch.long))
 
 
 def stage_clip(work: Path, name: str = "clip") -> None:
@@ -302,8 +307,9 @@ def stage_clip_halfway(work: Path) -> None:
     """The CLIP that steers also learns to read what it will be shown: a painter's decoded estimates of x0 from noised latents.
 
     The painter is asked for the scene's caption, for one with an attribute changed, or for nothing; the right answer stays the
-    scene. Two rounds: the first with the painter as it is after its second round; the other with that of the third, and with
-    negatives that a bag of words cannot tell from the caption: the first CLIP was blind to relations.
+    scene. Three rounds: with the painter as it is after its second round; with that of the third, and with negatives that a bag
+    of words cannot tell from the caption; and, since that left CLIP blind to relations still, with a loss for those alone, more
+    clean pictures, and more of the captions that have an order.
     """
     from diffusers import DDIMScheduler
 
@@ -325,28 +331,31 @@ def stage_clip_halfway(work: Path) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return (vae.decode(x0).sample.float() / 2 + 0.5).clamp(0, 1)
 
-    def loss_with(painter_of: str, stream: int, hard: bool) -> Callable[[int], Tensor]:
+    def loss_with(painter_of: str, stream: int, hard: bool, painted: int = 40, own: float = 0.0) -> Callable[[int], Tensor]:
         weights = torch.load(work / f"{painter_of}.pt", weights_only=True)
         painter = Painter(len(weights["text_encoder.embeddings.token_embedding.weight"])).eval()
         painter.load_state_dict(weights)
 
         def loss_of(step: int) -> Tensor:
             rng = np.random.default_rng((stream, step))
-            rows = rng.integers(0, len(latents), 40).tolist()
+            rows = rng.integers(0, len(latents), painted).tolist()
+            if own:  # two of three of the tasks whose captions have an order
+                rows = [i - i % 6 + int(rng.integers(4, 6)) if rng.random() < 0.6 else i for i in rows if i < len(latents) - 6]
             drawn = [sample_scene(TASKS[i % len(TASKS)], np.random.default_rng((1, i)), pairs="seen") for i in rows]
-            scenes = twins(12, rng, hard)
+            scenes = twins((64 - painted) // 2, rng, hard, ("position", "color_attr", *TASKS) if own else TASKS)
             clean = degrade(pixels([np.asarray(render(s)) for s in scenes]), rng)
             texts = with_negatives([*drawn, *scenes], rng, hard)
             images = torch.cat([halfway(painter, rows, drawn, rng), clean])
-            return contrast(clip, work / "clip", images, [*drawn, *scenes], texts)
+            return contrast(clip, work / "clip", images, [*drawn, *scenes], texts, own)
 
         return loss_of
 
-    for name, loss_of, steps in (
-        ("clip_halfway", loss_with("unet_noisy", 13, False), 2_000),
-        ("clip_hard", loss_with("unet_long", 14, True), 3_000),
+    for name, loss_of, steps, lr in (
+        ("clip_halfway", loss_with("unet_noisy", 13, False), 2_000, 5e-4),
+        ("clip_hard", loss_with("unet_long", 14, True), 3_000, 5e-4),
+        ("clip_order", loss_with("unet_dark", 15, True, 24, 1.0), 8_000, 1e-3),
     ):
-        clip.load_state_dict(train(name, work, clip, loss_of, steps, 5e-4).state_dict())
+        clip.load_state_dict(train(name, work, clip, loss_of, steps, lr).state_dict())
         torch.save(clip.state_dict(), work / f"{name}.pt")
 
 
@@ -381,7 +390,7 @@ def stage_export(work: Path, out: Path = WEIGHTS) -> None:
     config = out / "sd" / "text_encoder" / "config.json"
     # A plain load would keep the stored half precision of this part alone, and crash beside a float32 UNet.
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2))
-    for name, trained in (("clip", "clip_hard.pt"), ("clip2", "clip2.pt")):
+    for name, trained in (("clip", "clip_order.pt"), ("clip2", "clip2.pt")):
         shutil.rmtree(out / name, ignore_errors=True)
         shutil.copytree(work / name, out / name)
         weights = {k: v.half().contiguous() for k, v in torch.load(work / trained, weights_only=True).items()}
