@@ -92,7 +92,8 @@ def make_clip(folder: Path, name: str) -> nn.Module:
 
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(folder)
+    if not (folder / "tokenizer.json").exists():
+        tokenizer.save_pretrained(folder)
     text = {"context_length": CONTEXT, "vocab_size": len(tokenizer), "hf_tokenizer_name": "shapes"}
     config = {
         "embed_dim": 96,

@@ -21,7 +21,8 @@ import functools
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,14 @@ import torch.nn.functional as F
 from shapes_networks import CLIPS, SCHEDULE, Painter, make_clip, make_vae
 from torch import Tensor, nn
 
-from diffsteer.shapes.grammar import TASKS, one_attribute_changed, parse
+from diffsteer.shapes.grammar import TASKS, Statement, one_attribute_changed, parse
 from diffsteer.shapes.models import WEIGHTS
 from diffsteer.shapes.scene import Scene, caption, describes, render, sample_scene, scene_of
 from diffsteer.shapes.tokenizer import CONTEXT, make_tokenizer
 
 SCENES, ENCODED = 80_000, 48_000  # the autoencoder sees all, the painter the first of them
 VAE_STEPS, SHARP_STEPS, DECODER_STEPS = 3_000, 4_500, 3_000
-CLIP_STEPS, HALFWAY_STEPS = 5_000, 2_000
+CLIP_STEPS = 5_000
 
 
 @functools.cache
@@ -185,12 +186,13 @@ def stage_decoder(work: Path) -> None:
 
 
 def stage_unet(work: Path) -> None:
-    """Three rounds. Backgrounds, colours and places are decided at the highest noise levels, of which Stable Diffusion's
+    """Four rounds. Backgrounds, colours and places are decided at the highest noise levels, of which Stable Diffusion's
     schedule has few and which count little in the loss of the noise: the later rounds take DDPM's and let them count more."""
     from diffusers import DDIMScheduler
 
     torch.manual_seed(2)
-    make_tokenizer().save_pretrained(work / "tokenizer")
+    if not (work / "tokenizer").exists():
+        make_tokenizer().save_pretrained(work / "tokenizer")
     ids = tokenize(work / "tokenizer", (work / "captions.txt").read_text().split("\n")[:ENCODED])
     empty = tokenize(work / "tokenizer", [""])
     latents, painter = torch.load(work / "latents.pt", weights_only=True), Painter(int(ids.max()) + 1)
@@ -216,6 +218,7 @@ def stage_unet(work: Path) -> None:
         ("unet", loss_with(stable, 1.0, 48, 0), 7_000, 2e-3),
         ("unet_noisy", loss_with(SCHEDULE, 30.0, 48, 10**6), 4_000, 1.5e-3),
         ("unet_long", loss_with(SCHEDULE, 30.0, 64, 2 * 10**6), 9_000, 1.5e-3),
+        ("unet_dark", loss_with(SCHEDULE, 300.0, 64, 3 * 10**6), 3_000, 1e-3),
     ):
         painter.load_state_dict(train(name, work, painter, loss_of, steps, lr).state_dict())
         torch.save(painter.state_dict(), work / f"{name}.pt")
@@ -237,37 +240,53 @@ def degrade(x: Tensor, rng: np.random.Generator) -> Tensor:
     return torch.stack(out)
 
 
-def with_negatives(scenes: list[Scene], rng: np.random.Generator) -> list[str]:
-    """The scenes' captions, then for each scene three that differ from its own in one attribute."""
+def rearranged(statement: Statement) -> list[Statement]:
+    """What says something else in nearly the same words, which a bag of words cannot tell: another relation, or a swap."""
+    words = sorted(str(statement).split())
+    others = one_attribute_changed(statement)
+    found = [o for o in others if o.relation != statement.relation or sorted(str(o).split()) == words]
+    return [*found, replace(statement, groups=statement.groups[::-1])] if statement.relation else found
+
+
+def with_negatives(scenes: list[Scene], rng: np.random.Generator, hard: bool = False) -> list[str]:
+    """The scenes' captions, then for each scene three that differ from its own in one attribute; with `hard` up to two of them
+    rearranged, and a fourth."""
     texts = [caption(s) for s in scenes]
     for scene in scenes:
-        negatives = one_attribute_changed(scene.statement)
-        texts += [str(negatives[i]) for i in rng.permutation(len(negatives))[:3]]
+        others, moved = one_attribute_changed(scene.statement), rearranged(scene.statement) if hard else []
+        chosen = [str(moved[i]) for i in rng.permutation(len(moved))[:2]]
+        texts += chosen + [str(others[i]) for i in rng.permutation(len(others))[: 3 + hard - len(chosen)]]
     return texts
 
 
-def twins(pairs: int, rng: np.random.Generator) -> list[Scene]:
-    """`pairs` scenes, each followed by one that differs in a single attribute."""
+def twins(pairs: int, rng: np.random.Generator, hard: bool = False, tasks: Sequence[str] = TASKS) -> list[Scene]:
+    """`pairs` scenes, each followed by one that differs in a single attribute; with `hard` every other one is rearranged."""
     scenes = []
     for i in range(pairs):
-        scene = sample_scene(TASKS[i % len(TASKS)], rng, pairs="seen")
-        others = one_attribute_changed(scene.statement)
+        scene = sample_scene(tasks[i % len(tasks)], rng, pairs="seen")
+        moved = rearranged(scene.statement) if hard and rng.random() < 0.5 else []
+        others = moved or one_attribute_changed(scene.statement)
         scenes += [scene, scene_of(others[rng.integers(len(others))], rng)]
     return scenes
 
 
-def contrast(clip: nn.Module, folder: Path, images: Tensor, scenes: list[Scene], texts: list[str]) -> Tensor:
-    """CLIP's loss; `images` (N, 3, 64, 64) in [0, 1] show `scenes`, whose captions lead `texts`."""
+def contrast(clip: nn.Module, folder: Path, images: Tensor, scenes: list[Scene], texts: list[str], own: float = 0.0) -> Tensor:
+    """CLIP's loss; `images` (N, 3, 64, 64) in [0, 1] show `scenes`, whose captions lead `texts`, then come as many negatives of
+    each. `own` weighs a loss of its own for each caption among its negatives alone, where order and relation decide."""
     statements = [parse(text) for text in texts]
     true = torch.tensor([[describes(s, scene) for s in statements] for scene in scenes])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         image = clip.encode_image((images - 0.5) / 0.5).float()
     image, text = F.normalize(image, dim=-1), F.normalize(clip.encode_text(tokenize(folder, texts)), dim=-1)
     logits = clip.logit_scale.exp().clamp(max=100) * image @ text.T
-    own = torch.eye(*logits.shape, dtype=torch.bool)
-    logits = logits.masked_fill(true & ~own, -1e4)  # another caption that is true of the image is no negative
+    logits = logits.masked_fill(true & ~torch.eye(*logits.shape, dtype=torch.bool), -1e4)  # another true caption is no negative
     n = len(scenes)
-    return (F.cross_entropy(logits, torch.arange(n)) + F.cross_entropy(logits[:, :n].T, torch.arange(n))) / 2
+    loss = (F.cross_entropy(logits, torch.arange(n)) + F.cross_entropy(logits[:, :n].T, torch.arange(n))) / 2
+    if not own:
+        return loss
+    row = torch.arange(n)
+    among = torch.cat([logits[row, row][:, None], logits[:, n:].view(n, n, -1)[row, row]], 1)
+    return loss + own * F.cross_entropy(among, torch.zeros(n, dtype=torch.long))
 
 
 def stage_clip(work: Path, name: str = "clip") -> None:
@@ -287,21 +306,20 @@ def stage_clip(work: Path, name: str = "clip") -> None:
 def stage_clip_halfway(work: Path) -> None:
     """The CLIP that steers also learns to read what it will be shown: a painter's decoded estimates of x0 from noised latents.
 
-    The painter, that of the second round, is asked for the scene's caption, for one with an attribute changed, or for nothing;
-    the right answer stays the scene.
+    The painter is asked for the scene's caption, for one with an attribute changed, or for nothing; the right answer stays the
+    scene. Three rounds: with the painter as it is after its second round; with that of the third, and with negatives that a bag
+    of words cannot tell from the caption; and, since that left CLIP blind to relations still, with a loss for those alone, more
+    clean pictures, and more of the captions that have an order.
     """
     from diffusers import DDIMScheduler
 
     clip, vae = make_clip(work / "clip", "clip"), make_vae().eval()
     clip.load_state_dict(torch.load(work / "clip.pt", weights_only=True))
     vae.load_state_dict(torch.load(work / "vae_final.pt", weights_only=True))
-    weights = torch.load(work / "unet_noisy.pt", weights_only=True)
-    painter = Painter(len(weights["text_encoder.embeddings.token_embedding.weight"])).eval()
-    painter.load_state_dict(weights)
     latents, alphas = torch.load(work / "latents.pt", weights_only=True), DDIMScheduler(**SCHEDULE).alphas_cumprod
 
     @torch.no_grad()
-    def halfway(rows: list[int], scenes: list[Scene], rng: np.random.Generator) -> Tensor:
+    def halfway(painter: nn.Module, rows: list[int], scenes: list[Scene], rng: np.random.Generator) -> Tensor:
         asked = []
         for scene, kind in zip(scenes, rng.integers(3, size=len(scenes)), strict=True):
             others = one_attribute_changed(scene.statement)
@@ -313,16 +331,32 @@ def stage_clip_halfway(work: Path) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return (vae.decode(x0).sample.float() / 2 + 0.5).clamp(0, 1)
 
-    def loss_of(step: int) -> Tensor:
-        rng = np.random.default_rng((13, step))
-        rows = rng.integers(0, len(latents), 40).tolist()
-        drawn = [sample_scene(TASKS[i % len(TASKS)], np.random.default_rng((1, i)), pairs="seen") for i in rows]
-        scenes = twins(12, rng)
-        clean = degrade(pixels([np.asarray(render(s)) for s in scenes]), rng)
-        texts = with_negatives([*drawn, *scenes], rng)
-        return contrast(clip, work / "clip", torch.cat([halfway(rows, drawn, rng), clean]), [*drawn, *scenes], texts)
+    def loss_with(painter_of: str, stream: int, hard: bool, painted: int = 40, own: float = 0.0) -> Callable[[int], Tensor]:
+        weights = torch.load(work / f"{painter_of}.pt", weights_only=True)
+        painter = Painter(len(weights["text_encoder.embeddings.token_embedding.weight"])).eval()
+        painter.load_state_dict(weights)
 
-    torch.save(train("clip_halfway", work, clip, loss_of, HALFWAY_STEPS, 5e-4).state_dict(), work / "clip_halfway.pt")
+        def loss_of(step: int) -> Tensor:
+            rng = np.random.default_rng((stream, step))
+            rows = rng.integers(0, len(latents), painted).tolist()
+            if own:  # two of three of the tasks whose captions have an order
+                rows = [i - i % 6 + int(rng.integers(4, 6)) if rng.random() < 0.6 else i for i in rows if i < len(latents) - 6]
+            drawn = [sample_scene(TASKS[i % len(TASKS)], np.random.default_rng((1, i)), pairs="seen") for i in rows]
+            scenes = twins((64 - painted) // 2, rng, hard, ("position", "color_attr", *TASKS) if own else TASKS)
+            clean = degrade(pixels([np.asarray(render(s)) for s in scenes]), rng)
+            texts = with_negatives([*drawn, *scenes], rng, hard)
+            images = torch.cat([halfway(painter, rows, drawn, rng), clean])
+            return contrast(clip, work / "clip", images, [*drawn, *scenes], texts, own)
+
+        return loss_of
+
+    for name, loss_of, steps, lr in (
+        ("clip_halfway", loss_with("unet_noisy", 13, False), 2_000, 5e-4),
+        ("clip_hard", loss_with("unet_long", 14, True), 3_000, 5e-4),
+        ("clip_order", loss_with("unet_dark", 15, True, 24, 1.0), 8_000, 1e-3),
+    ):
+        clip.load_state_dict(train(name, work, clip, loss_of, steps, lr).state_dict())
+        torch.save(clip.state_dict(), work / f"{name}.pt")
 
 
 def stage_clip2(work: Path) -> None:
@@ -340,7 +374,7 @@ def stage_export(work: Path, out: Path = WEIGHTS) -> None:
     vae, ids = make_vae(), tokenize(work / "tokenizer", [""])
     vae.load_state_dict(torch.load(work / "vae_final.pt", weights_only=True))
     painter = Painter(int(ids.max()) + 1)
-    painter.load_state_dict(torch.load(work / "unet_long.pt", weights_only=True))
+    painter.load_state_dict(torch.load(work / "unet_dark.pt", weights_only=True))
     pipe = StableDiffusionPipeline(
         vae=vae,
         text_encoder=painter.text_encoder,
@@ -356,7 +390,7 @@ def stage_export(work: Path, out: Path = WEIGHTS) -> None:
     config = out / "sd" / "text_encoder" / "config.json"
     # A plain load would keep the stored half precision of this part alone, and crash beside a float32 UNet.
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2))
-    for name, trained in (("clip", "clip_halfway.pt"), ("clip2", "clip2.pt")):
+    for name, trained in (("clip", "clip_order.pt"), ("clip2", "clip2.pt")):
         shutil.rmtree(out / name, ignore_errors=True)
         shutil.copytree(work / name, out / name)
         weights = {k: v.half().contiguous() for k, v in torch.load(work / trained, weights_only=True).items()}

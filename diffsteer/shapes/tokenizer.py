@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from diffsteer.shapes.grammar import WORDS
@@ -11,22 +12,31 @@ CONTEXT = 16  # tokens of the longest caption, start and end included
 
 
 def make_tokenizer() -> Any:
-    """Build it from the word list: a `transformers.CLIPTokenizer`.
+    """Build it from the word list: a `transformers.CLIPTokenizer`, the same each time.
 
     Byte-pair merges are learned until every word is whole. "<|endoftext|>" has the largest id, since open_clip pools there.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.BpeTrainer(vocab_size=4096, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
-    bpe.train_from_iterator(list(WORDS) * 2, trainer)
-    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
+    merges = learn_merges(WORDS)
     letters = [c + end for c in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")]
     tokens = ["<|pad|>", *letters, *["".join(m) for m in merges], "<|startoftext|>", "<|endoftext|>"]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     return CLIPTokenizer(vocab=vocab, merges=merges, pad_token="<|pad|>", model_max_length=CONTEXT)
+
+
+def learn_merges(words: Iterable[str]) -> list[tuple[str, str]]:
+    """Byte-pair encoding, the most frequent pair first and of equals the alphabet's first: `tokenizers` breaks ties by chance."""
+    spelled = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges: list[tuple[str, str]] = []
+    while pairs := Counter(pair for pieces in spelled for pair in zip(pieces, pieces[1:], strict=False)):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        for pieces in spelled:
+            for i in range(len(pieces) - 2, -1, -1):
+                if (pieces[i], pieces[i + 1]) == best:
+                    pieces[i : i + 2] = ["".join(best)]
+    return merges
 
 
 def unknown_words(caption: str) -> list[str]:

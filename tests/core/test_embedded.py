@@ -16,7 +16,7 @@ from diffsteer.rewards import ClipScore, Compressibility
 from diffsteer.samplers import BestOfN, FeynmanKac
 from diffsteer.shapes import TASKS, caption, check, one_attribute_changed, render, sample_scene
 from diffsteer.shapes.models import CLIP, MODELS, WEIGHTS, is_embedded, recommended
-from diffsteer.shapes.tokenizer import CONTEXT, make_tokenizer, unknown_words
+from diffsteer.shapes.tokenizer import CONTEXT, unknown_words
 from diffsteer.types import Context
 
 EMBEDDED = Context(embedded=True)
@@ -118,7 +118,7 @@ def test_the_painter_paints(shapes: Any) -> None:
     pictures = [s[0].float() for s in out.samples]
     own = np.mean([check(p, t).correct for p, t in zip(pictures, texts, strict=True)])
     others = np.mean([check(p, t).correct for i, p in enumerate(pictures) for t in texts[:i] + texts[i + 1 :]])
-    assert own > 0.4 > 2 * others
+    assert own > 0.65 and own > 4 * others
 
 
 def test_steering_raises_the_reward(shapes: Any) -> None:
@@ -151,9 +151,9 @@ def test_words_outside_the_list_are_refused(shapes: Any, capsys: pytest.CaptureF
     assert "'dog'" in said and "\n" not in said and not (tmp_path / "o" / "manifest.jsonl").exists()
 
 
-def test_every_prompt_that_is_accepted_is_read_to_its_end() -> None:
+def test_every_prompt_that_is_accepted_is_read_to_its_end(shapes: Any) -> None:
     """A comma, say, has no token: the tokenizer would end the text there, and CLIP would not see the rest."""
-    tokenizer, end = make_tokenizer(), None
+    tokenizer, end = shapes.tokenizer, None
     for text in [caption(sample_scene(task, np.random.default_rng((26, i)))) for i, task in enumerate(TASKS * 20)]:
         ids = tokenizer(text).input_ids
         end = ids[-1]
