@@ -353,7 +353,7 @@ def stage_clip_halfway(work: Path) -> None:
     for name, loss_of, steps, lr in (
         ("clip_halfway", loss_with("unet_noisy", 13, False), 2_000, 5e-4),
         ("clip_hard", loss_with("unet_long", 14, True), 3_000, 5e-4),
-        ("clip_order", loss_with("unet_dark", 15, True, 24, 1.0), 8_000, 1e-3),
+        ("clip_order", loss_with("unet_dark", 15, True, 24, 1.0), 5_000, 1e-3),
     ):
         clip.load_state_dict(train(name, work, clip, loss_of, steps, lr).state_dict())
         torch.save(clip.state_dict(), work / f"{name}.pt")
