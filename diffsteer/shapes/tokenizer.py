@@ -26,7 +26,7 @@ def make_tokenizer() -> Any:
 
 
 def learn_merges(words: Iterable[str]) -> list[tuple[str, str]]:
-    """Byte-pair encoding, the most frequent pair first and of equals the alphabet's first: `tokenizers` breaks ties by chance."""
+    """Byte-pair encoding: the most frequent pair first, of equals the alphabetically first."""
     spelled = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges: list[tuple[str, str]] = []
     while pairs := Counter(pair for pieces in spelled for pair in zip(pieces, pieces[1:], strict=False)):
