@@ -39,9 +39,8 @@ def only_latents(callback: Any) -> dict[str, Any]:
 
 
 _freezing = threading.Lock()
-_frozen: dict[
-    int, tuple[int, list[nn.Parameter]]
-] = {}  # by module: how many runs hold it, and which parameters wanted gradients
+# by module: how many runs hold it, and which parameters wanted gradients
+_frozen: dict[int, tuple[int, list[nn.Parameter]]] = {}
 
 
 @contextmanager
@@ -118,8 +117,8 @@ class SegmentControl:
 
     def native_options(self, index: int) -> dict[str, Any]:
         """For the solver's own step: a generator a row, keyed by the step."""
-        session, rows = self.session, [r for r in self.rows for _ in self.experts[:1]]
-        keyed = [rng.generator(session.seed, *session.key(r), index - self.skipped, "native") for r in rows]
+        session = self.session
+        keyed = [rng.generator(session.seed, *session.key(r), index - self.skipped, "native") for r in self.rows]
         return {"generator": keyed, "eta": session.eta} if self.takes_eta else {"generator": keyed}
 
     def noise(self, index: int, sample: Tensor, generator: Any) -> Tensor:

@@ -158,14 +158,16 @@ class Session(ABC):
 
         Returns:
             (gradient (N, *shape), where the step leads, detached).
+
+        Raises: what `segment` refuses.
         """
         rows = list(range(self.rows) if rows is None else rows)
 
         def one_block(block: list[int]) -> tuple[Tensor, Arrival]:
             mine = [rows[i] for i in dict.fromkeys(block)]
             leaf = x[block[: len(mine)]].detach().requires_grad_(True)
+            arrival = self.segment(leaf, index, index + 1, mine, graph=True)
             with torch.enable_grad():
-                arrival = self._segment(leaf, index, index + 1, mine)
                 total = objective(arrival.x0, mine).sum()
             found = torch.autograd.grad(total, leaf)[0]
             return found, Arrival(arrival.x.detach(), arrival.x0.detach())

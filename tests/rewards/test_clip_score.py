@@ -63,7 +63,7 @@ def test_scores_equal_open_clip(
         text = model.encode_text(tokens, normalize=True)
     scores = ClipScore(name, resize=resize).score(images, PROMPTS, CTX)
     expected = 100 * (image * text).sum(-1)
-    assert expected.std() > 10 * tolerance
+    assert expected.std() > 20 * tolerance
     torch.testing.assert_close(scores, expected, atol=tolerance, rtol=0)
 
 
