@@ -8,6 +8,7 @@ checker and its conversion to pictures; autograd reaches the latents.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -146,7 +147,10 @@ def spectrogram(pipe: Any, size: Size, z: Tensor) -> Tensor:
     mel = pipe.vae.decode(z / pipe.vae.config.scaling_factor).sample
     rate = pipe.vocoder.config.sampling_rate
     wave: Tensor = pipe.vocoder(mel.squeeze(1) if mel.ndim == 4 else mel)
-    end = 10.24 if size.end is None else size.end
+    end = size.end
+    if end is None:
+        seconds_a_step = math.prod(pipe.vocoder.config.upsample_rates) / rate
+        end = pipe.unet.config.sample_size * pipe.vae_scale_factor * seconds_a_step
     return wave[:, None, : int(end * rate)]
 
 

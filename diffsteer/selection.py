@@ -56,7 +56,7 @@ class Scorer:
 
     def decode(self, latents: Tensor) -> Tensor:
         """(N, ...) latents -> (N, ...) samples, float32; the latents themselves without a decoder."""
-        return torch.cat(self.cut.run(len(latents), lambda rows: self._decode(latents, rows)))
+        return torch.cat(self.cut.run(len(latents), lambda rows: self._decode(latents, rows, None)[: len(set(rows))]))
 
     def score(self, samples: Tensor, done: int, steps: int, reward: Reward | None = None) -> Tensor:
         """Rewards (P, K) in float64 of P * K samples, by `reward` or by the scorer's own."""
@@ -67,22 +67,21 @@ class Scorer:
         """Rewards (P, K) of P * K latents. A block's samples are gone before the next block is decoded."""
 
         def one_block(rows: list[int]) -> Tensor:
-            return self._score(self._decode(latents, rows, kept=False), rows, len(latents), done, steps)
+            return self._score(self._decode(latents, rows, self.tiny), rows, len(latents), done, steps)
 
         return torch.cat(self.cut.run(len(latents), one_block)).view(len(self.prompts), -1)
 
-    def _decode(self, latents: Tensor, rows: list[int], kept: bool = True) -> Tensor:
-        real = len(set(rows))
+    def _decode(self, latents: Tensor, rows: list[int], tiny: Decode | None) -> Tensor:
+        """One block, its padding included."""
         if self.decode_block is None:
-            return latents[rows][: real if kept else None]
-        tiny = None if kept else self.tiny
+            return latents[rows]
         with self.ledger.timed("tiny decode" if tiny else "decode"):
             samples = (tiny or self.decode_block)(latents[rows]).float()
         if tiny:
-            self.ledger.tiny_decodes += real
+            self.ledger.tiny_decodes += len(set(rows))
         else:
-            self.ledger.decodes += real
-        return samples[: real if kept else None]
+            self.ledger.decodes += len(set(rows))
+        return samples
 
     def _score(
         self, samples: Tensor, rows: list[int], count: int, done: int, steps: int, reward: Reward | None = None
