@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SHOWN = 64  # images on the sheet, the first ones
 MANIFEST, TIMINGS, GRID = "manifest.jsonl", "timings.jsonl", "grid.png"
-_COUNTS = ("evaluations", "decodes", "reward_calls")  # those that each prompt has of its own, however many run together
+_COUNTS = ("evaluations", "decodes", "tiny_decodes", "reward_calls")  # those that each prompt has of its own, however many run together
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,8 @@ class Folder:
     def add(self, items: Sequence[Item], out: SteeredOutput, seed: int, output: str) -> None:
         """Write what a call made of some items: images, then their manifest lines, then what it took."""
         per, images = out.rewards.shape[1], out.images or []
-        counts = {name: out.ledger.counts[name] // len(items) for name in _COUNTS}
+        counted = out.ledger.counts
+        counts = {name: counted[name] // len(items) for name in _COUNTS if counted[name] or name != "tiny_decodes"}
         (self.path / "images").mkdir(parents=True, exist_ok=True)
         lines = []
         for p, item in enumerate(items):

@@ -48,7 +48,8 @@ class Config:
         seed: the key of all randomness, together with a prompt's id.
         out: the folder for what is made; in a sweep each job has a folder of its own in there.
         output: which particles become images: best | draw | all.
-        batch: prompts at a time. chunk: rows in the network at a time, None for all.
+        decoder: full | tiny | tiny:PATH, what the reward sees on the way. transition: own | native. noise: eta | quadratic.
+        batch: prompts at a time. chunk: rows in the network at a time, None for all, "auto" for as many as fit.
         deterministic: bits that depend neither on `batch` nor on what was done before.
         device: None for the accelerator if there is one.
     """
@@ -64,8 +65,11 @@ class Config:
     seed: int = 0
     out: str = MISSING
     output: str = "best"
+    decoder: str = "full"
+    transition: str = "own"
+    noise: str = "eta"
     batch: int = 1
-    chunk: int | None = None
+    chunk: Any = None
     deterministic: bool = False
     device: str | None = None
 

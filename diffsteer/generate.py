@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from tqdm import tqdm
 
+from diffsteer.algebra import NOISES
 from diffsteer.batch import GRID, MANIFEST, Folder, Item, as_items, generate, read_items
+from diffsteer.blocks import check_size
 from diffsteer.config import Config, build, settings
-from diffsteer.pipeline import SteeredPipeline, load_pipeline
+from diffsteer.pipeline import TRANSITIONS, SteeredPipeline, load_pipeline
 from diffsteer.registry import find, nearest
 from diffsteer.run import OUTPUTS
 from diffsteer.shapes.models import MODELS, digest, is_embedded
@@ -74,7 +76,8 @@ def _check(config: DictConfig) -> bool:
     for key in config:
         if key not in valid:
             raise DiffsteerError(f"unknown key {key!r}{nearest(str(key), valid)}")
-    for key, allowed in (("output", OUTPUTS), ("model.dtype", DTYPES)):
+    choices = (("output", OUTPUTS), ("model.dtype", DTYPES), ("transition", TRANSITIONS), ("noise", NOISES))
+    for key, allowed in choices:
         value = OmegaConf.select(config, key)
         if value not in allowed:
             raise DiffsteerError(f"{key}={value} is unknown{nearest(str(value), allowed)}")
@@ -85,7 +88,14 @@ def _check(config: DictConfig) -> bool:
             torch.zeros(1, device=config.device).cpu()  # "meta" makes tensors that hold nothing
         except RuntimeError as error:
             raise DiffsteerError(f"device={config.device}: {str(error).splitlines()[0]}") from error
-    for key in ("batch", "chunk", "num_inference_steps"):
+    if config.decoder.partition(":")[0] not in ("full", "tiny"):
+        raise DiffsteerError(
+            f"decoder={config.decoder}; valid: full, tiny, tiny:PATH (images are made, so that none is no choice)"
+        )
+    if isinstance(config.chunk, bool | float | DictConfig | ListConfig):
+        raise DiffsteerError(f'chunk={config.chunk}; a number of rows, at least 1, or "auto"')
+    check_size(config.chunk, config.deterministic)
+    for key in ("batch", "num_inference_steps"):
         if config[key] is not None and config[key] < 1:
             raise DiffsteerError(f"{key}={config[key]}; at least 1 is needed")
     if config.guidance_scale is not None and not math.isfinite(config.guidance_scale):
@@ -138,9 +148,8 @@ def _fill(folder: Folder, config: DictConfig, pipe: Any, sampler: Sampler | None
     if not folder.missing:
         folder.finish()
         return
-    steered = SteeredPipeline(
-        pipe, sampler, reward, output=config.output, chunk=config.chunk, deterministic=config.deterministic
-    )
+    names = ("output", "decoder", "transition", "noise", "chunk", "deterministic")
+    steered = SteeredPipeline(pipe, sampler, reward, **{name: config[name] for name in names})
     prompts, particles = len(folder.missing), sampler.particles if sampler else 1
     cost = steered.estimate(prompts, config.num_inference_steps, config.guidance_scale)
     what = f"{cost.evaluations} evaluations, {cost.decodes} decodes, {cost.reward_calls} reward calls"

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from shapes_networks import CLIPS, SCHEDULE, Painter, make_clip, make_vae
 from torch import Tensor, nn
 
-from diffsteer.shapes.grammar import TASKS, Statement, one_attribute_changed, parse
+from diffsteer.shapes.grammar import COLORS, SHAPES, TASKS, Statement, one_attribute_changed, parse
 from diffsteer.shapes.models import WEIGHTS
 from diffsteer.shapes.scene import Scene, caption, describes, render, sample_scene, scene_of
 from diffsteer.shapes.tokenizer import CONTEXT, make_tokenizer
@@ -270,11 +270,63 @@ def twins(pairs: int, rng: np.random.Generator, hard: bool = False, tasks: Seque
     return scenes
 
 
-def contrast(clip: nn.Module, folder: Path, images: Tensor, scenes: list[Scene], texts: list[str], own: float = 0.0) -> Tensor:
+def described(statements: list[Statement], scenes: list[Scene]) -> Tensor:
+    """(scenes, statements): which statements are true of which scenes."""
+    named = [frozenset(g.shape for g in s.groups) for s in statements]
+    rows = []
+    for scene in scenes:
+        there = frozenset(t.shape for t in scene.things)
+        rows.append([n <= there and describes(s, scene) for s, n in zip(statements, named, strict=True)])
+    return torch.tensor(rows)
+
+
+PLACED = (*SHAPES, *COLORS)
+LIES = {"left of": (-0.4, None), "right of": (0.4, None), "above": (None, -0.4), "below": (None, 0.4)}
+
+
+def places(said: list[tuple[str, str | None, tuple[float | None, float | None]]]) -> list[list[tuple[float, float]]]:
+    """Where each shape and each colour lies, x and y in [-1, 1]; nan where that is unknown or there are several."""
+    found: dict[str, list[tuple[float | None, float | None]]] = {}
+    for shape, color, place in said:
+        for word in (shape, color):
+            found.setdefault(word or "", []).append(place)
+    nan = float("nan")
+    return [tuple(nan if v is None else v for v in found[w][0]) if len(found.get(w, ())) == 1 else (nan, nan) for w in PLACED]
+
+
+def places_of(scene: Scene) -> list[list[tuple[float, float]]]:
+    return places([(t.shape, t.color, (t.x / 32 - 1, t.y / 32 - 1)) for t in scene.things])
+
+
+def places_told(statement: Statement) -> list[list[tuple[float, float]]]:
+    if not statement.relation:
+        return places([])
+    first, second = statement.groups
+    lies = LIES[statement.relation]
+    return places([(first.shape, first.color, lies), (second.shape, second.color, tuple(v and -v for v in lies))])
+
+
+def misplaced(head: nn.Module, embeddings: Tensor, at: list[list[tuple[float, float]]]) -> Tensor:
+    """The squared error of where `head` reads the shapes and colours in the embeddings."""
+    told = torch.tensor(at).flatten(1)
+    known = ~told.isnan()
+    return (head(10 * embeddings) - told)[known].square().mean()
+
+
+def contrast(
+    clip: nn.Module,
+    folder: Path,
+    images: Tensor,
+    scenes: list[Scene],
+    texts: list[str],
+    own: float = 0.0,
+    where: nn.Module | None = None,
+) -> Tensor:
     """CLIP's loss; `images` (N, 3, 64, 64) in [0, 1] show `scenes`, whose captions lead `texts`, then come as many negatives of
-    each. `own` weighs a loss of its own for each caption among its negatives alone, where order and relation decide."""
+    each. `own` weighs a loss of its own for each caption among its negatives alone, where order and relation decide; `where` is
+    a head that must read from either embedding what lies where, without which the images' embedding never learns it."""
     statements = [parse(text) for text in texts]
-    true = torch.tensor([[describes(s, scene) for s in statements] for scene in scenes])
+    true = described(statements, scenes)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         image = clip.encode_image((images - 0.5) / 0.5).float()
     image, text = F.normalize(image, dim=-1), F.normalize(clip.encode_text(tokenize(folder, texts)), dim=-1)
@@ -282,11 +334,14 @@ def contrast(clip: nn.Module, folder: Path, images: Tensor, scenes: list[Scene],
     logits = logits.masked_fill(true & ~torch.eye(*logits.shape, dtype=torch.bool), -1e4)  # another true caption is no negative
     n = len(scenes)
     loss = (F.cross_entropy(logits, torch.arange(n)) + F.cross_entropy(logits[:, :n].T, torch.arange(n))) / 2
-    if not own:
-        return loss
-    row = torch.arange(n)
-    among = torch.cat([logits[row, row][:, None], logits[:, n:].view(n, n, -1)[row, row]], 1)
-    return loss + own * F.cross_entropy(among, torch.zeros(n, dtype=torch.long))
+    if own:
+        row = torch.arange(n)
+        among = torch.cat([logits[row, row][:, None], logits[:, n:].view(n, n, -1)[row, row]], 1)
+        loss = loss + own * F.cross_entropy(among, torch.zeros(n, dtype=torch.long))
+    if where is not None:
+        loss = loss + 4 * misplaced(where, image, [places_of(s) for s in scenes])
+        loss = loss + 4 * misplaced(where, text, [places_told(s) for s in statements])
+    return loss
 
 
 def stage_clip(work: Path, name: str = "clip") -> None:
@@ -307,9 +362,10 @@ def stage_clip_halfway(work: Path) -> None:
     """The CLIP that steers also learns to read what it will be shown: a painter's decoded estimates of x0 from noised latents.
 
     The painter is asked for the scene's caption, for one with an attribute changed, or for nothing; the right answer stays the
-    scene. Three rounds: with the painter as it is after its second round; with that of the third, and with negatives that a bag
-    of words cannot tell from the caption; and, since that left CLIP blind to relations still, with a loss for those alone, more
-    clean pictures, and more of the captions that have an order.
+    scene. Four rounds, and one between: with the painter as it is after its second round; with that of the third, and with
+    negatives that a bag of words cannot tell from the caption; with a loss for those alone, more clean pictures and more of the
+    captions that have an order, which taught it whose colour is whose. Since it stayed blind to left and right, both towers
+    then learn to tell a throw-away head where things lie, at first that alone, and then beside the third round's loss.
     """
     from diffusers import DDIMScheduler
 
@@ -331,7 +387,9 @@ def stage_clip_halfway(work: Path) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return (vae.decode(x0).sample.float() / 2 + 0.5).clamp(0, 1)
 
-    def loss_with(painter_of: str, stream: int, hard: bool, painted: int = 40, own: float = 0.0) -> Callable[[int], Tensor]:
+    def loss_with(
+        painter_of: str, stream: int, hard: bool, painted: int = 40, own: float = 0.0, where: nn.Module | None = None
+    ) -> Callable[[int], Tensor]:
         weights = torch.load(work / f"{painter_of}.pt", weights_only=True)
         painter = Painter(len(weights["text_encoder.embeddings.token_embedding.weight"])).eval()
         painter.load_state_dict(weights)
@@ -346,7 +404,7 @@ def stage_clip_halfway(work: Path) -> None:
             clean = degrade(pixels([np.asarray(render(s)) for s in scenes]), rng)
             texts = with_negatives([*drawn, *scenes], rng, hard)
             images = torch.cat([halfway(painter, rows, drawn, rng), clean])
-            return contrast(clip, work / "clip", images, [*drawn, *scenes], texts, own)
+            return contrast(clip, work / "clip", images, [*drawn, *scenes], texts, own, where)
 
         return loss_of
 
@@ -357,6 +415,21 @@ def stage_clip_halfway(work: Path) -> None:
     ):
         clip.load_state_dict(train(name, work, clip, loss_of, steps, lr).state_dict())
         torch.save(clip.state_dict(), work / f"{name}.pt")
+    parts = nn.ModuleDict({"clip": clip, "where": nn.Linear(96, 2 * len(PLACED))})
+
+    def loss_of_places(step: int) -> Tensor:
+        rng = np.random.default_rng((17, step))
+        scenes = [sample_scene("position", rng, pairs="seen") for _ in range(64)]
+        image = F.normalize(clip.encode_image((pixels([np.asarray(render(s)) for s in scenes]) - 0.5) / 0.5), dim=-1)
+        text = F.normalize(clip.encode_text(tokenize(work / "clip", [caption(s) for s in scenes])), dim=-1)
+        seen = misplaced(parts["where"], image, [places_of(s) for s in scenes])
+        return 8 * seen + 4 * misplaced(parts["where"], text, [places_told(s.statement) for s in scenes])
+
+    parts.load_state_dict(train("clip_where", work, parts, loss_of_places, 1_200, 1e-3).state_dict())
+    parts.load_state_dict(
+        train("clip_place", work, parts, loss_with("unet_dark", 16, True, 24, 1.0, parts["where"]), 1_500, 1e-3).state_dict()
+    )
+    torch.save(clip.state_dict(), work / "clip_place.pt")
 
 
 def stage_clip2(work: Path) -> None:
@@ -390,7 +463,7 @@ def stage_export(work: Path, out: Path = WEIGHTS) -> None:
     config = out / "sd" / "text_encoder" / "config.json"
     # A plain load would keep the stored half precision of this part alone, and crash beside a float32 UNet.
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2))
-    for name, trained in (("clip", "clip_order.pt"), ("clip2", "clip2.pt")):
+    for name, trained in (("clip", "clip_place.pt"), ("clip2", "clip2.pt")):
         shutil.rmtree(out / name, ignore_errors=True)
         shutil.copytree(work / name, out / name)
         weights = {k: v.half().contiguous() for k, v in torch.load(work / trained, weights_only=True).items()}

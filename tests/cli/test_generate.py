@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -51,6 +52,31 @@ def test_one_prompt_equals_the_python_face(generate: Any, manifest: Any, toy_fol
     assert '"seconds"' in (tmp_path / "o/timings.jsonl").read_text()
     assert OmegaConf.load(tmp_path / "o/.hydra/config.yaml").prompt == PROMPT
     assert sorted(p.name for p in (tmp_path / "o/.hydra").iterdir()) == ["config.yaml", "hydra.yaml", "overrides.yaml"]
+
+
+@pytest.fixture
+def tiny_folder(tmp_path: Path) -> Path:
+    small = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    AutoencoderTiny(**small, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).save_pretrained(tmp_path / "a tiny")
+    return tmp_path / "a tiny"
+
+
+@pytest.mark.parametrize("option", ["transition=native", "decoder=tiny", "chunk=auto"])
+def test_options_reach_the_python_face(
+    option: str, generate: Any, manifest: Any, toy_folder: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    name, _, value = option.partition("=")
+    value += f":{tiny_folder}" if value == "tiny" else ""
+    assert generate("prompt=a star", "out=plain").code == 0
+    result = generate("prompt=a star", f"{name}={value}", "out=o")
+    assert (result.code, result.err) == (0, "")
+    out = SteeredPipeline(load_pipeline(toy_folder), FeynmanKac(particles=2), Compressibility(), **{name: value})(
+        "a star", num_inference_steps=4, seed=0
+    )
+    assert out.images is not None and pixels(tmp_path / "o/images/000.png") == out.images[0].tobytes()
+    [entry], [plain] = manifest(tmp_path / "o"), manifest(tmp_path / "plain")
+    assert entry["log_z"] == float(out.log_z[0])
+    assert (entry["log_z"] == plain["log_z"]) == (name == "chunk")
 
 
 def test_no_sampler_is_the_plain_pipeline(command: Any, toy_folder: Path, tmp_path: Path) -> None:
