@@ -16,7 +16,7 @@ from diffsteer.controls import SegmentControl, frozen, only_latents
 from diffsteer.decoding import size_of
 from diffsteer.hooks import Watch, guidance_parts, watching
 from diffsteer.levels import native_state
-from diffsteer.pipes import PER_PROMPT, check_call, check_pipeline, decoder_of, denoisers_of, tiny_decoder_of
+from diffsteer.pipes import PER_PROMPT, check_call, check_pipeline, decoder_of, denoisers_of, refuse_caches, tiny_decoder_of
 from diffsteer.scheduler import install
 from diffsteer.selection import Selection
 from diffsteer.session import Arrival, Session
@@ -174,8 +174,10 @@ class DiffusersSession(Session):
         callback is to keep what it changes and one block of rows holds all.
 
         Raises:
-            UnsupportedError: a class that cannot be cut, in several blocks.
+            UnsupportedError: a class that cannot be cut, in several blocks; a denoiser with a cache.
         """
+        if len(select.events) > 1:
+            refuse_caches(self.user)
         whole = self.cut.size is None or (self.cut.size >= self.rows and not self.cut.pad)
         if self.family.no_reentry and not whole:
             name, reason = type(self.user).__name__, self.family.no_reentry

@@ -81,6 +81,7 @@ class Steering:
             raise DiffsteerError(f"steered(): {len(self.prompts)} prompts need as many distinct ids, not {list(self.ids)}")
         if sampler is not None and reward is None:
             raise DiffsteerError(f"steered(): the sampler {sampler.name} selects by a reward: give reward=")
+        self.decoder = decoder
         self.decode, self.embedded = _decoder(decoder)
         seen = "latents" if self.decode is None else "pixels"
         self.reward = None if reward is None else as_reward(reward, seen)
@@ -138,6 +139,10 @@ class Steering:
         problem = Problem(len(self.prompts), total, max(noisy, default=-1), self.seed, self.ids)
         scorer = Scorer(self.reward, self.decode, self.prompts, self.ledger, self.embedded, Blocks(self.chunk))
         self.selection = Selection(self.sampler, problem, scorer)
+        if len(self.selection.events) > 1 and hasattr(self.decoder, "scheduler"):
+            from diffsteer.pipes import refuse_caches
+
+            refuse_caches(self.decoder)
 
     def _finish(self, selection: Selection, x: Tensor) -> Tensor:
         rewards, log_weights = selection.infos[-1].rewards, selection.state.log_weights

@@ -112,6 +112,21 @@ def denoisers_of(pipe: Any) -> list[Any]:
     return [m for m in (getattr(pipe, n, None) for n in DENOISERS) if m is not None]
 
 
+def refuse_caches(pipe: Any) -> None:
+    """Refuse what is remembered by row, where rows are about to be permuted on the way.
+
+    Raises:
+        UnsupportedError: a denoiser with one of diffusers' caches.
+    """
+    for module in denoisers_of(pipe):
+        if getattr(module, "is_cache_enabled", False):
+            name, cache = type(module).__name__, type(module._cache_config).__name__.removesuffix("Config")
+            raise UnsupportedError(
+                f"{name} has a cache ({cache}), which would hand a particle what was computed for another: "
+                "call its disable_cache(), or select at the end alone (BestOfN)"
+            )
+
+
 def decoder_of(pipe: Any, **call: Any) -> Callable[[Tensor], Tensor]:
     """The decoder of a pipeline: latents as `step` sees them, to samples as the pipeline itself makes them.
 
