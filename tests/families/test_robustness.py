@@ -64,7 +64,7 @@ def failing(pipe: Any, error: type[BaseException], forward: int) -> Iterator[Non
 
 
 def used(name: str) -> Any:
-    """The pipeline after a call of its own: it notes its arguments, and text encoders hang hooks of their own into themselves."""
+    """The pipeline after a call of its own: it notes its arguments, and its text encoders hang hooks into themselves."""
     toy, pipe = TOYS[name], built(name)
     SteeredPipeline(pipe)(PROMPTS, seed=0, negative_prompt=toy.each.get("negative_prompt"), **toy.call)
     return pipe
