@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -51,23 +52,23 @@ def judge(samples: torch.Tensor, text: str) -> bool:
     return check((samples.permute(1, 2, 0) * 255).round().byte().numpy(), text).correct
 
 
+EARLY = (0.2, 0.4, 0.6, 0.8)
 METHODS: dict[str, Any] = {
     "bon8": lambda: BestOfN(8),
     "native": lambda: BestOfN(1, eta=0.0),
     "fk4": lambda: FeynmanKac(4),
     "fk8": lambda: FeynmanKac(8),
-    # what closes the gap to best of 8: candidates
-    "fk8_gentle": lambda: FeynmanKac(8, target_ess=0.75, threshold=0.85),
-    "fk8_late": lambda: FeynmanKac(8, events=(0.5, 0.75)),
-    "fk8_early": lambda: FeynmanKac(8, events=(0.2, 0.4)),
-    "fk8_once": lambda: FeynmanKac(8, events=(0.4,)),
-    "fk4_once": lambda: FeynmanKac(4, events=(0.4,)),
+    "fk4_early": lambda: FeynmanKac(4, events=EARLY),
+    "fk8_early": lambda: FeynmanKac(8, events=EARLY),
+    "fk4_gentle": lambda: FeynmanKac(4, events=(0.4, 0.6, 0.8), target_ess=0.8, threshold=0.85),
+    "fk4_fixed": lambda: FeynmanKac(4, events=(0.4, 0.6, 0.8), scale=0.1),
 }
 MAIN = ("bon8", "native", "fk4", "fk8")
+BLANK = ("bon8", "fk4", "fk8", "fk4_early", "fk8_early")  # with the empty caption, too
 
 
 def run(work: Path, methods: list[str], shard: tuple[int, int], count: int, empty: int) -> None:
-    """Append one line a case and method to DIR/quality.I.jsonl; what stands in any of them is not done again."""
+    """Append one line a case and method to a file of this process in DIR; what stands in any of them is not done again."""
     work.mkdir(parents=True, exist_ok=True)
     records = [json.loads(line) for f in work.glob("quality.*.jsonl") for line in f.read_text().splitlines()]
     done = {(r["method"], r["id"]) for r in records}
@@ -76,8 +77,8 @@ def run(work: Path, methods: list[str], shard: tuple[int, int], count: int, empt
     jobs = [(m, c, False) for m in methods for c in chunks(held_out(count), BATCH)]
     if empty:
         cases = held_out(empty, 8, ("single_object",))
-        jobs += [(m, c, True) for m in methods if m in ("bon8", "fk4", "fk8") for c in chunks(cases, BATCH)]
-    with (work / f"quality.{shard[0]}.jsonl").open("a") as sink:
+        jobs += [(m, c, True) for m in methods if m in BLANK for c in chunks(cases, BATCH)]
+    with (work / f"quality.{os.getpid()}.jsonl").open("a") as sink:
         for method, cases, blank in jobs[shard[0] :: shard[1]]:
             name = f"empty_{method}" if blank else method
             cases = [c for c in cases if (name, c["id"]) not in done]

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from bench_quality import held_out, interval, judge, seen
 from PIL import Image, ImageDraw
+from shapes_clips import rearranged
 from train_shapes import ENCODED
 
 from diffsteer import SteeredPipeline, load_pipeline
@@ -108,6 +109,16 @@ def clip(count: int = 3000) -> None:
         by_pair += [seen(t) for t in right]
     won, known = np.array(wins), np.array(by_pair)
     print(f"right caption preferred: {won.mean():.3f}; seen pairs {won[known].mean():.3f}, unseen {won[~known].mean():.3f}")
+    for task, name in (("position", "another relation, or the two in another order"), ("color_attr", "colours swapped")):
+        scenes = [sample_scene(task, np.random.default_rng((12, i))) for i in range(count // 10)]
+        shown = [(s, str(other)) for s in scenes for other in rearranged(s.statement)]
+        x = torch.stack([torch.from_numpy(np.array(render(s))).permute(2, 0, 1) / 255 for s, _ in shown])
+        right = [caption(s) for s, _ in shown]
+        with torch.no_grad():
+            higher = reward.score(x, right, Context(embedded=True)) > reward.score(
+                x, [o for _, o in shown], Context(embedded=True)
+            )
+        print(f"{name}: {higher.float().mean():.3f} of {len(shown)}")
 
 
 def autoencoder(count: int = 3000) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from diffsteer.shapes.tokenizer import CONTEXT, make_tokenizer
@@ -103,3 +104,55 @@ def make_clip(folder: Path, name: str) -> nn.Module:
     preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2))
     return open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+
+
+class FlowPainter(nn.Module):
+    """Two text encoders and a Stable Diffusion 3 transformer, trained as one: predicts noise minus clean latents.
+
+    The conditions are put together as `StableDiffusion3Pipeline` does without a T5: one empty token stands for its text.
+    """
+
+    def __init__(self, vocab: int, width: int = 96, layers: int = 5, text: int = 64) -> None:
+        from diffusers import SD3Transformer2DModel
+        from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+        super().__init__()
+
+        def encoder() -> Any:
+            return CLIPTextModelWithProjection(
+                CLIPTextConfig(
+                    vocab_size=vocab,
+                    hidden_size=text,
+                    intermediate_size=4 * text,
+                    projection_dim=text,
+                    num_hidden_layers=3,
+                    num_attention_heads=2,
+                    max_position_embeddings=CONTEXT,
+                    pad_token_id=0,
+                    bos_token_id=vocab - 2,
+                    eos_token_id=vocab - 1,
+                )
+            )
+
+        self.text_encoder, self.text_encoder_2 = encoder(), encoder()
+        self.transformer = SD3Transformer2DModel(
+            sample_size=16,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=layers,
+            attention_head_dim=32,
+            num_attention_heads=width // 32,
+            joint_attention_dim=2 * text,
+            caption_projection_dim=width,
+            pooled_projection_dim=2 * text,
+            pos_embed_max_size=8,
+            qk_norm="rms_norm",
+        )
+
+    def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        read = [encoder(ids, output_hidden_states=True) for encoder in (self.text_encoder, self.text_encoder_2)]
+        words = torch.cat([r.hidden_states[-2] for r in read], -1)
+        words = torch.cat([words, words.new_zeros(len(words), 1, words.shape[-1])], 1)
+        pooled = torch.cat([r[0] for r in read], -1)
+        return self.transformer(x, encoder_hidden_states=words, pooled_projections=pooled, timestep=t, return_dict=False)[0]

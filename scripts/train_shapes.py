@@ -8,6 +8,7 @@
     python scripts/train_shapes.py clip --work DIR      the miniature CLIP, on clean renders (40 min on one core)
     python scripts/train_shapes.py clip_halfway --work DIR    and on what is being painted  (2 h on one core)
     python scripts/train_shapes.py clip2 --work DIR     a second, smaller one               (30 min on one core)
+    python scripts/train_shapes.py flow --work DIR      a miniature Stable Diffusion 3
     python scripts/train_shapes.py export --work DIR    fp16 safetensors into diffsteer/shapes/weights
 
 Every stage keeps a checkpoint in DIR and goes on from it when it is started again; batches are keyed by the step, so an
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from shapes_clips import stage_clip, stage_clip2, stage_clip_halfway
+from shapes_flow import stage_export_flow, stage_flow
 from shapes_networks import SCHEDULE, Painter, make_vae
 from shapes_training import pixels, tokenize, train
 from torch import Tensor, nn
@@ -198,7 +200,9 @@ STAGES = {
         stage_clip,
         stage_clip_halfway,
         stage_clip2,
+        stage_flow,
         stage_export,
+        stage_export_flow,
     )
 }
 
