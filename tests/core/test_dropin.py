@@ -50,7 +50,7 @@ def test_it_is_a_scheduler_of_the_users_class(toy_pipeline: Any) -> None:
 
 
 def test_all_rows_return_with_the_chosen_first(toy_pipeline: Any) -> None:
-    pipe = put(toy_pipeline, FeynmanKac(4))
+    pipe = put(toy_pipeline, FeynmanKac(4, events=(0.2, 0.4, 0.6, 0.8)))
     images = pipe(
         PROMPTS, num_images_per_prompt=4, num_inference_steps=10, output_type="pt", generator=torch.Generator().manual_seed(0)
     ).images

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cases import EARLY
 from torch import Tensor
 
 from diffsteer import SteeredPipeline
@@ -61,7 +62,7 @@ def deviations(out: SteeredOutput, path: str = "vp", eta: float = 1.0, scale: fl
 
 
 def fixed(potential: str = "difference", **options: object) -> FeynmanKac:
-    return FeynmanKac(4, potential, scale=gentle(potential), target_ess=None, **options)  # type: ignore[arg-type]
+    return FeynmanKac(4, potential, **{"scale": gentle(potential), "target_ess": None, "events": EARLY, **options})  # type: ignore[arg-type]
 
 
 def gentle(potential: str) -> float:
@@ -139,7 +140,7 @@ def test_mixture_agrees_with_importance_weights(potential: str, resampling: str)
 
 def test_many_particles_need_no_averaging() -> None:
     mean, variance = plain_law()
-    out = run(FeynmanKac(4000, scale=SCALE, target_ess=None), 1)
+    out = run(FeynmanKac(4000, scale=SCALE, target_ess=None, events=EARLY), 1)
     estimate = float((out.log_weights.exp() * out.samples[..., 0]).sum())
     assert abs(estimate - mean - SCALE * variance) < 0.1
     assert abs(float(out.log_z) - SCALE * mean - SCALE**2 * variance / 2) < 0.1

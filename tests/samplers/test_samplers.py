@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import CASES
+from cases import CASES, EARLY, FIXED
 from torch import Tensor
 
 from diffsteer import DiffsteerError, RewardError, SteeredPipeline
@@ -39,7 +39,7 @@ def play(sampler: Sampler, rewards: list[Tensor], groups: int | None = None, las
 
 
 def fixed(potential: str = "difference", k: int = 4, **options: object) -> FeynmanKac:
-    return FeynmanKac(k, potential, **{"scale": 1.0, "target_ess": None, **options})  # type: ignore[arg-type]
+    return FeynmanKac(k, potential, **{**FIXED, **options})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -256,7 +256,7 @@ def test_a_failing_reward_is_named_with_prompt_and_step() -> None:
             raise RuntimeError("out of paint")
         return x[:, 0]
 
-    with pytest.raises(RewardError, match="broken raised RuntimeError for the prompt 'b' after step 2 of 10: out of paint"):
+    with pytest.raises(RewardError, match="broken raised RuntimeError for the prompt 'b' after step 6 of 10: out of paint"):
         SteeredPipeline(MODEL, FeynmanKac(2), broken)(["a", "b"], num_inference_steps=10, seed=0)
     for bad, message in ((lambda x, p: x, "wanted"), (lambda x, p: x[:, 0] * 0 + math.inf, r"is \+inf for the prompt 'a'")):
         with pytest.raises(RewardError, match=message):
@@ -315,7 +315,7 @@ def test_outputs_are_explicit() -> None:
 
 
 def test_lineage_follows_the_ancestors() -> None:
-    out = SteeredPipeline(MODEL, FeynmanKac(4), position)(["a", "b"], num_inference_steps=20, seed=2)
+    out = SteeredPipeline(MODEL, FeynmanKac(4, events=EARLY), position)(["a", "b"], num_inference_steps=20, seed=2)
     lineage = out.trace.lineage()
     assert lineage.shape == (6, 2, 4)
     roots = torch.arange(4).expand(2, 4)
