@@ -147,10 +147,11 @@ def columns(records: dict[str, dict[str, Case]], prefix: str = "") -> dict[str, 
         for name, first in (("plain", 1), ("best of 4", 4), ("best of 8", 8)):
             table[name] = {i: chosen_right(r, first) for i, r in found["bon8"].items()}
     labels = {"native": "plain, native ODE", "fk4": "FK(4)", "fk8": "FK(8)"}
+    labels |= {"fk4_early": "FK(4), early events", "fk8_early": "FK(8), early events"}
     for method, by_case in found.items():
         if method != "bon8":
             table[labels.get(method, method)] = {i: chosen_right(r) for i, r in by_case.items()}
-        if all(r["second"] for r in by_case.values()) and method != "native":
+        if all(r["second"] for r in by_case.values()) and method in ("bon8", "fk8"):
             label = "best of 8" if method == "bon8" else labels.get(method, method)
             table[f"{label}, second CLIP chooses"] = {i: chosen_right(r, by="second") for i, r in by_case.items()}
             table[f"{label}, both choose"] = {i: chosen_right(r, by="both") for i, r in by_case.items()}
@@ -177,6 +178,11 @@ def show(table: dict[str, dict[str, float]], cases: dict[str, Case], pairs: list
     print()
 
 
+def rivals(table: dict[str, dict[str, float]]) -> list[tuple[str, str]]:
+    """Every method with particles, and best of as many."""
+    return [(name, f"best of {k}") for k in (4, 8) for name in table if name.startswith((f"FK({k})", f"fk{k}"))]
+
+
 def tables(work: Path) -> None:
     """Print what stands in DIR."""
     records: dict[str, dict[str, Case]] = defaultdict(dict)
@@ -186,17 +192,10 @@ def tables(work: Path) -> None:
             records[record["method"]][record["id"]] = record
     cases = {i: r for by_case in records.values() for i, r in by_case.items()}
     table = columns(records)
-    eights = [name for name in table if name.startswith(("FK(8)", "fk8"))]
-    pairs = [
-        ("FK(4)", "plain"),
-        ("FK(4)", "best of 4"),
-        ("best of 4", "plain"),
-        *[(n, "best of 8") for n in eights],
-        ("fk4_once", "best of 4"),
-    ]
-    show(table, cases, pairs)
+    show(table, cases, [("FK(4)", "plain"), ("best of 4", "plain"), *rivals(table)])
     print("Empty caption, the reward alone asks for a single object:\n")
-    show(columns(records, "empty_"), cases, [("FK(8)", "best of 8"), ("FK(4)", "best of 4")])
+    blank = columns(records, "empty_")
+    show(blank, cases, rivals(blank))
     print(
         "| method | best reward | surviving first particles | evaluations | decodes | reward calls |\n|---|---|---|---|---|---|"
     )
