@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from diffsteer import rng
 from diffsteer.conditions import Memory
-from diffsteer.controls import SegmentControl, frozen, only_latents
 from diffsteer.decoding import size_of
 from diffsteer.hooks import Watch, guidance_parts, watching
 from diffsteer.levels import native_state
 from diffsteer.pipes import PER_PROMPT, check_call, check_pipeline, decoder_of, denoisers_of, refuse_caches, tiny_decoder_of
 from diffsteer.scheduler import install
+from diffsteer.segments import SegmentControl, frozen, only_latents
 from diffsteer.selection import Selection
 from diffsteer.session import Arrival, Session
 from diffsteer.shapes.models import is_embedded, recommended

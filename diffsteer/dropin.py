@@ -15,6 +15,7 @@ from torch import Tensor
 from diffsteer import rng
 from diffsteer.algebra import noise_std
 from diffsteer.blocks import Blocks, Size, check_size
+from diffsteer.control import Control
 from diffsteer.ledger import Ledger
 from diffsteer.particles import reindex
 from diffsteer.reward import Reward, RewardFunction, as_reward
@@ -59,17 +60,14 @@ def steered(
     return install(scheduler, Steering(sampler, reward, decoder, prompts, ids, choice, output, chunk))
 
 
-class Steering:
+class Steering(Control):
     """The control of a drop-in scheduler, and the record of its last run."""
-
-    start, stop, pipe, unit_noise, skipped = 0, None, None, False, 0
-    interrupts, doubled, experts, native, noise_kind = False, False, (1.0,), False, "eta"
 
     def __init__(
         self, sampler: Any, reward: Any, decoder: Any, prompts: Any, ids: Any, choice: Any, output: str, chunk: Size
     ) -> None:
         self.sampler, self.output = sampler, output
-        self.eta: float | None = None if sampler is None else sampler.eta
+        self.eta = None if sampler is None else sampler.eta
         self.seed: int | None = None
         self.prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         self.ids = tuple(range(len(self.prompts)) if ids is None else ids)
@@ -101,8 +99,11 @@ class Steering:
             self.seed = rng.seed_of(generator)
         if self.selection is None:
             self._open(len(self.scheduler.timesteps), len(sample))
-        keys = [(id, k) for id in self.ids for k in range(self.sampler.particles)]
-        return rng.normal(self.seed, keys, index, "step", sample.shape[1:])
+        return rng.normal(*self.keys(), index, "step", sample.shape[1:])
+
+    def keys(self) -> tuple[int, list[tuple[rng.Id, int]]]:
+        assert self.seed is not None
+        return self.seed, [(id, k) for id in self.ids for k in range(self.sampler.particles)]
 
     def arrived(self, index: int, total: int, x: Tensor, x0: Tensor, generator: Any) -> Tensor:
         """A transition was made: select, and at the end put the chosen ones first."""
@@ -117,6 +118,7 @@ class Steering:
         if index + 1 not in selection.events:
             return x
         x = selection(index + 1, x, x0)
+        self.moved = selection.moved
         return self._finish(selection, x) if index + 1 == total else x
 
     def _open(self, total: int, rows: int) -> None:
@@ -154,6 +156,7 @@ class Steering:
         order = torch.stack(
             [torch.cat([row[c : c + 1], row[:c], row[c + 1 :]]) for row, c in zip(order, chosen.tolist(), strict=True)]
         )
+        self.moved = order if self.moved is None else self.moved.gather(1, order.to(self.moved.device))
         self.rewards, self.log_weights = reindex((rewards, log_weights), order)
         self.log_z, self.trace = selection.state.log_z, Trace(tuple(selection.infos))
         self.ledger.close()

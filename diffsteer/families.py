@@ -51,6 +51,7 @@ class Family:
 
 
 NO_LATENTS = "its call takes no latents="
+SECOND_STREAM = "its sound is a second stream with states of its own"
 IMAGE_AS_NOISE = "it re-noises its image with latents="
 
 FAMILIES: dict[str, Family] = {
@@ -77,6 +78,7 @@ FAMILIES: dict[str, Family] = {
     "WanPipeline": Family(decoding.video),
     "CogVideoXPipeline": Family(decoding.frames_first),
     "LTXPipeline": Family(decoding.packed_video),
+    "LTX2Pipeline": Family(decoding.packed_video, no_reentry=SECOND_STREAM, returns_states=False),
     "HunyuanVideoPipeline": Family(decoding.scaled_video, guidance="true_cfg_scale"),
     "StableAudioPipeline": Family(decoding.sound),
     "AudioLDM2Pipeline": Family(decoding.spectrogram, together=True),

@@ -255,10 +255,10 @@ class SteeredPipeline:
         """The user's own pipeline, scheduler and generator; only counted, and scored at the end."""
         if isinstance(self.pipe, CallableModel):
             raise UnsupportedError("a CallableModel has no sampler of its own; BestOfN(particles=1, eta=0) is the plain ODE")
-        from diffsteer.controls import Record
         from diffsteer.hooks import Watch, watching
         from diffsteer.pipes import as_images, check_call, check_pipeline, decoder_of, denoisers_of
         from diffsteer.scheduler import install
+        from diffsteer.segments import Record
         from diffsteer.shapes.models import is_embedded, recommended
 
         check_pipeline(self.pipe)

@@ -12,60 +12,15 @@ import copy
 import functools
 import inspect
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffsteer.algebra import Level, mixed, noise_std, to_clean, transition
+from diffsteer.control import Control, Follower
 from diffsteer.levels import drop_repeats, native_state, prediction_of, refuse_rising, refuse_transition, scheduler_levels
 from diffsteer.types import UnsupportedError
-
-
-class Control(Protocol):
-    """What a steered scheduler asks.
-
-    `eta` is the amount of noise of the transition, 0 (or None) meaning the user's own `step`. `interrupted` of the grid indices
-    outside [start, stop) is told to the pipeline by `pipe._interrupt`, where there is a pipe.
-    """
-
-    @property
-    def eta(self) -> float | None: ...
-
-    @property
-    def start(self) -> int: ...
-
-    @property
-    def stop(self) -> int | None: ...
-
-    @property
-    def pipe(self) -> Any: ...
-
-    @property
-    def unit_noise(self) -> bool: ...
-
-    @property
-    def interrupts(self) -> bool: ...
-
-    @property
-    def doubled(self) -> bool: ...
-
-    @property
-    def experts(self) -> tuple[float, ...]: ...
-
-    @property
-    def native(self) -> bool: ...
-
-    @property
-    def noise_kind(self) -> str: ...
-
-    skipped: int
-
-    def begin(self, scheduler: Any) -> None: ...
-
-    def noise(self, index: int, sample: Tensor, generator: Any) -> Tensor: ...
-
-    def arrived(self, index: int, total: int, x: Tensor, x0: Tensor, generator: Any) -> Tensor: ...
 
 
 class _Grid(Tensor):
@@ -155,6 +110,12 @@ class SteeringMixin:
             return self.__dict__["_init_noise_sigma"]
         return getattr(super(), "init_noise_sigma", 1.0)  # flow schedulers have none
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy steps a second stream of the same particles."""
+        new = _copied(self)
+        new._control = Follower(self._control)
+        return new
+
     def step(
         self,
         model_output: Tensor,
@@ -178,7 +139,7 @@ class SteeringMixin:
         else:
             own = {"eta": eta, "generator": generator, **kwargs}
             if control.native:
-                own |= control.native_options(k)  # type: ignore[attr-defined]
+                own |= control.native_options(k)
             accepted = inspect.signature(super().step).parameters  # type: ignore[misc]
             own = {name: value for name, value in own.items() if name in accepted}
             out = super().step(model_output, timestep, sample, return_dict=True, **own)  # type: ignore[misc]
@@ -187,6 +148,7 @@ class SteeringMixin:
             if control.native:
                 x0 = self._clean(k, model_output, sample)[0]
         self._index = k + 1
+        control.at, control.moved = k, None
         x_next = control.arrived(k, len(self._grid), x_next.to(sample.dtype), x0, generator)
         if control.doubled:
             x_next, x0 = torch.cat([x_next] * 2), torch.cat([x0] * 2)
@@ -277,12 +239,17 @@ def install(scheduler: Any, control: Control) -> Any:
         refuse_transition(scheduler)
     if control.native:
         native_state(scheduler)
-    new = copy.copy(scheduler)
-    for name, value in vars(scheduler).items():
-        if isinstance(value, list):
-            new.__dict__[name] = list(value)
+    new = _copied(scheduler)
     if "init_noise_sigma" in new.__dict__:
         new.__dict__["_init_noise_sigma"] = new.__dict__.pop("init_noise_sigma")
     new.__class__ = steered_class(cls)  # type: ignore[arg-type]  # classes are hashable
     new._control = control
+    return new
+
+
+def _copied(scheduler: Any) -> Any:
+    new = copy.copy(scheduler)
+    for name, value in vars(scheduler).items():
+        if isinstance(value, list):
+            new.__dict__[name] = list(value)
     return new

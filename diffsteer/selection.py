@@ -105,6 +105,7 @@ class Selection:
         self.state: Any = sampler.init(problem)
         self.infos: list[Info] = []
         self.samples: Tensor | None = None  # of the end
+        self.moved: Tensor | None = None  # the ancestors of the last event, where anyone was replaced
 
     @property
     def trace(self) -> Trace:
@@ -122,9 +123,10 @@ class Selection:
         with self.scorer.ledger.timed("select"):
             self.state, info = self.sampler.apply(self.state, Step(done, final, rewards))
             self.infos.append(info)
-            if bool(info.resampled.any()):
+            self.moved = info.ancestors if bool(info.resampled.any()) else None
+            if self.moved is not None:
                 grouped = x.view(self.problem.groups, -1, *x.shape[1:])
-                x = reindex(grouped, info.ancestors).view_as(x)
+                x = reindex(grouped, self.moved).view_as(x)
         if self.watch is not None:
             self.watch(info)
         return x

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsteer import rng
+from diffsteer.control import Control
 from diffsteer.selection import Selection
 from diffsteer.types import UnsupportedError
 
@@ -66,28 +67,18 @@ def frozen(modules: Sequence[nn.Module]) -> Iterator[None]:
                         p.requires_grad_(True)
 
 
-class Record:
-    """The control of a scheduler that is not steered: the user's own steps, and the states that they lead to."""
-
-    eta, start, stop, pipe, unit_noise, skipped, interrupts = None, 0, None, None, False, 0, False
-    experts, native, noise_kind = (1.0,), False, "eta"
+class Record(Control):
+    """Of a scheduler that is not steered: the user's own steps, and the states that they lead to."""
 
     def __init__(self, doubled: bool) -> None:
         self.doubled, self.steps, self.x = doubled, 0, torch.empty(0)
-
-    def begin(self, scheduler: Any) -> None:
-        """A call of the pipeline has set its grid."""
-
-    def noise(self, index: int, sample: Tensor, generator: Any) -> Tensor:
-        """Never asked for: without eta there is no transition of ours."""
-        return torch.zeros_like(sample)
 
     def arrived(self, index: int, total: int, x: Tensor, x0: Tensor, generator: Any) -> Tensor:
         self.x, self.steps = x, self.steps + 1
         return x
 
 
-class SegmentControl:
+class SegmentControl(Control):
     """What the scheduler of a session's shadow asks: the segment in hand."""
 
     unit_noise = True
@@ -98,22 +89,20 @@ class SegmentControl:
         self.rows: Sequence[int] = []
         self.x: Tensor = torch.empty(0)
         self.x0: Tensor = torch.empty(0)
-        self.skipped = 0  # of the grid, by a pipeline that starts in its middle
         self.doubled, self.experts, self.native = session.family.doubled, session.experts, session.native
-        self.noise_kind = session.noise_kind
+        self.eta, self.noise_kind = None if self.native else session.eta, session.noise_kind
         names = {cls.__name__ for cls in type(session.user.scheduler).__mro__}
         self.takes_eta = bool(names & {"DDIMScheduler", "TCDScheduler"})
         self.interrupts = "interrupt" in inspect.unwrap(type(shadow).__call__).__code__.co_names
         self.select: Selection | None = None
 
-    @property
-    def eta(self) -> float | None:
-        return None if self.native else self.session.eta
-
     def begin(self, scheduler: Any) -> None:
         """A call of the pipeline has set its grid, and with it forgotten what the solver knew."""
         if self.native and self.start:
             self.session.remind(scheduler, self.rows)
+
+    def keys(self) -> tuple[int, list[tuple[rng.Id, int]]]:
+        return self.session.seed, [self.session.key(r) for r in self.rows]
 
     def native_options(self, index: int) -> dict[str, Any]:
         """For the solver's own step: a generator a row, keyed by the step."""
@@ -130,6 +119,7 @@ class SegmentControl:
         done = index + 1 - self.skipped
         if self.select is not None and done in self.select.events:
             x = self.select(done, x, x0)
+            self.moved = self.select.moved
             if self.native:
                 session = self.session
                 session.keep(self.pipe.scheduler, self.rows)
