@@ -70,9 +70,9 @@ def test_options_reach_the_python_face(
     assert generate("prompt=a star", "out=plain").code == 0
     result = generate("prompt=a star", f"{name}={value}", "out=o")
     assert (result.code, result.err) == (0, "")
-    out = SteeredPipeline(load_pipeline(toy_folder), FeynmanKac(particles=2), Compressibility(), **{name: value})(
-        "a star", num_inference_steps=4, seed=0
-    )
+    given: dict[str, Any] = {name: value}
+    steered = SteeredPipeline(load_pipeline(toy_folder), FeynmanKac(particles=2), Compressibility(), **given)
+    out = steered("a star", num_inference_steps=4, seed=0)
     assert out.images is not None and pixels(tmp_path / "o/images/000.png") == out.images[0].tobytes()
     [entry], [plain] = manifest(tmp_path / "o"), manifest(tmp_path / "plain")
     assert entry["log_z"] == float(out.log_z[0])

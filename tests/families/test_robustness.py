@@ -111,7 +111,7 @@ def test_a_gradient_that_ends_in_the_middle_leaves_nothing_behind(name: str) -> 
 
 def test_two_threads_on_one_pipeline_are_two_runs() -> None:
     name = "StableDiffusionPipeline"
-    pipe, made = used(name), {}
+    pipe, made = used(name), dict[Any, Any]()
     before = picture_of(pipe)
 
     def one(seed: int, keep: dict[Any, Any], key: Any) -> None:

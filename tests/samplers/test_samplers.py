@@ -39,7 +39,7 @@ def play(sampler: Sampler, rewards: list[Tensor], groups: int | None = None, las
 
 
 def fixed(potential: str = "difference", k: int = 4, **options: object) -> FeynmanKac:
-    return FeynmanKac(k, potential, **{**FIXED, **options})  # type: ignore[arg-type]
+    return FeynmanKac(k, potential, **{**FIXED, **options})
 
 
 @pytest.mark.parametrize("name", CASES)
