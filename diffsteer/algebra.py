@@ -83,9 +83,10 @@ def posterior_std(at: Level, to: Level) -> Tensor:
 
 def quadratic_std(at: Level, to: Level) -> Tensor:
     """The noise of a diffusion with ``g(t) = 3 t^2`` in a flow's time t = sigma / (alpha + sigma) (Kim et al., 2025, arXiv
-    2503.19385): ``nu^2 = integral of g^2 = 9/5 (t^5 - t'^5)``, at most sigma', which forgets the old noise altogether."""
+    2503.19385): ``nu^2 = integral of g^2 = 9/5 (t^5 - t'^5)``, at most sigma', which forgets the old noise altogether. Another
+    model's states are the flow's, scaled by alpha + sigma, and so is its noise."""
     t, s = (v.sigma / (v.alpha + v.sigma) for v in (at, to))
-    return torch.minimum((9 / 5 * (t**5 - s**5).clamp(min=0)).sqrt(), to.sigma)
+    return torch.minimum((9 / 5 * (t**5 - s**5).clamp(min=0)).sqrt() * (to.alpha + to.sigma), to.sigma)
 
 
 # Amounts of noise by name; a sampler's eta in [0, 1] multiplies them.

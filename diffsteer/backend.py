@@ -268,5 +268,11 @@ def grid_length(pipe: Any, steps: int, eta: float | None) -> int:
     if eta:
         return DiffusersSession(pipe, [""], particles=1, seed=0, num_inference_steps=steps, eta=eta).steps
     scheduler = copy.deepcopy(pipe.scheduler)
-    scheduler.set_timesteps(steps)
+    try:
+        scheduler.set_timesteps(steps)
+    except (
+        ValueError,
+        TypeError,
+    ):  # a flow's grid may want the picture's size; it is as long as asked
+        return steps
     return len(scheduler.timesteps)

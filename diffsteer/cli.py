@@ -9,6 +9,7 @@ import contextlib
 import io
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ _FULL_ERROR = "HYDRA_FULL_ERROR"
 # Exit codes of the jobs that this process runs. None where a job is to raise: in a process of its own that a launcher of Hydra
 # made, or for a full traceback.
 _exits: list[int] | None = None
+_started = 0.0  # when the command did
 
 
 def entry() -> None:
@@ -85,11 +87,12 @@ def _report(error: Exception, more: str = "") -> int:
 
 
 def _generate(argv: list[str]) -> int:
-    global _exits
+    global _exits, _started
     import hydra
 
     from diffsteer.config import for_hydra, register_schemas
 
+    _started = time.time()
     argv = _overrides_first(for_hydra(argv))
     register_schemas()
     _exits = None if os.environ.get(_FULL_ERROR) == "1" else []
@@ -158,7 +161,8 @@ def _job(config: DictConfig) -> None:
         _exits.append(_report(error, resume if any(out.glob("*.jsonl")) else ""))
     finally:
         with contextlib.suppress(OSError):
-            out.rmdir()  # only if nothing is in it
+            if out.stat().st_mtime >= _started:  # not a user's own folder
+                out.rmdir()  # only if nothing is in it
 
 
 def _shown(path: Path) -> str:

@@ -139,7 +139,11 @@ def for_hydra(argv: list[str]) -> list[str]:
     rewritten = []
     for arg in argv:
         key, equals, value = arg.partition("=")
-        if equals and key.lstrip("+") in VERBATIM:
+        if arg.startswith("-"):
+            rewritten.append(arg)
+        elif equals and key == "out" and not value:
+            raise DiffsteerError("out= names no folder")
+        elif equals and key.lstrip("+") in VERBATIM:
             rewritten.append(f"{key}={quoted(value)}")
         elif equals and key in ("model", "sampler", "reward") and value in ("", "null"):
             raise DiffsteerError(f"{key}={value} is no option{nearest(value, _options(key))}")

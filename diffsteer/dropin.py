@@ -35,14 +35,16 @@ def steered(
     choice: Reward | RewardFunction | None = None,
     output: str = "best",
     chunk: Size = None,
+    seed: int | None = None,
 ) -> Any:
     """A scheduler of the user's own class that steers whatever pipeline it is put on.
 
     Selection happens inside `step`, so the pipeline must make K images a prompt, prompt-major (``num_images_per_prompt=K``).
     All of them come back, each group's chosen particle first. After a run `scheduler.steering` has `trace`, `rewards`,
     `log_weights`, `log_z` and `ledger` (decodes and reward calls; the denoiser's rows are the pipeline's), in the order of the
-    images. The `generator` given to the pipeline is the key of the randomness (its `initial_seed`; of a list, all together);
-    the pipeline's `eta` argument is not used, the sampler's own is.
+    images. The `generator` given to the pipeline is the key of the randomness (its `initial_seed`; of a list, all together),
+    where the pipeline hands it to `step`; most flow pipelines do not, and want `seed`, or draw a key from torch's own stream.
+    The pipeline's `eta` argument is not used, the sampler's own is.
 
     Args:
         scheduler: the pipeline's own; it is copied, not changed.
@@ -52,23 +54,33 @@ def steered(
         prompts: P prompts, since `step` never sees them.
         ids: one a prompt; default: its index.
         chunk: at most so many rows in the decoder and the reward at a time.
+        seed: the key of the randomness of every run, whatever generator comes.
 
     Raises:
         UnsupportedError: a scheduler that has no one-step transition.
         DiffsteerError: no prompts, no reward, or (when it runs) a number of rows that is not prompts x particles.
     """
-    return install(scheduler, Steering(sampler, reward, decoder, prompts, ids, choice, output, chunk))
+    return install(scheduler, Steering(sampler, reward, decoder, prompts, ids, choice, output, chunk, seed))
 
 
 class Steering(Control):
     """The control of a drop-in scheduler, and the record of its last run."""
 
     def __init__(
-        self, sampler: Any, reward: Any, decoder: Any, prompts: Any, ids: Any, choice: Any, output: str, chunk: Size
+        self,
+        sampler: Any,
+        reward: Any,
+        decoder: Any,
+        prompts: Any,
+        ids: Any,
+        choice: Any,
+        output: str,
+        chunk: Size,
+        seed: int | None,
     ) -> None:
         self.sampler, self.output = sampler, output
         self.eta = None if sampler is None else sampler.eta
-        self.seed: int | None = None
+        self.seed = self.given_seed = seed
         self.prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         self.ids = tuple(range(len(self.prompts)) if ids is None else ids)
         if sampler is not None and not self.prompts:
@@ -91,7 +103,7 @@ class Steering(Control):
 
     def begin(self, scheduler: Any) -> None:
         """A new run."""
-        self.scheduler, self.selection, self.seed = scheduler, None, None
+        self.scheduler, self.selection, self.seed = scheduler, None, self.given_seed
 
     def noise(self, index: int, sample: Tensor, generator: Any) -> Tensor:
         """The keyed noise of one transition, (N, ...)."""

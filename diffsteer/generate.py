@@ -88,10 +88,16 @@ def _check(config: DictConfig) -> bool:
             torch.zeros(1, device=config.device).cpu()  # "meta" makes tensors that hold nothing
         except RuntimeError as error:
             raise DiffsteerError(f"device={config.device}: {str(error).splitlines()[0]}") from error
-    if config.decoder.partition(":")[0] not in ("full", "tiny"):
+    if config.decoder not in ("full", "tiny") and not config.decoder.startswith("tiny:"):
         raise DiffsteerError(
             f"decoder={config.decoder}; valid: full, tiny, tiny:PATH (images are made, so that none is no choice)"
         )
+    if config.decoder == "tiny" and config.model.path in MODELS:
+        raise DiffsteerError(f"model={config.model.path} has no tiny decoder: give decoder=tiny:PATH, or decoder=full")
+    if config.transition == "native" and config.noise != "eta":
+        raise DiffsteerError(f"noise={config.noise} has no effect with transition=native: the solver draws what it draws")
+    if config.sampler.get("name") == "none" and (config.transition, config.noise) != ("own", "eta"):
+        raise DiffsteerError(f"transition={config.transition}, noise={config.noise} have no effect without a sampler")
     if isinstance(config.chunk, bool | float | DictConfig | ListConfig):
         raise DiffsteerError(f'chunk={config.chunk}; a number of rows, at least 1, or "auto"')
     check_size(config.chunk, config.deterministic)
@@ -152,11 +158,12 @@ def _fill(folder: Folder, config: DictConfig, pipe: Any, sampler: Sampler | None
     steered = SteeredPipeline(pipe, sampler, reward, **{name: config[name] for name in names})
     prompts, particles = len(folder.missing), sampler.particles if sampler else 1
     cost = steered.estimate(prompts, config.num_inference_steps, config.guidance_scale)
-    what = f"{cost.evaluations} evaluations, {cost.decodes} decodes, {cost.reward_calls} reward calls"
+    tiny = f" and {cost.tiny_decodes} tiny ones" if cost.tiny_decodes else ""
+    what = f"{cost.evaluations} evaluations, {cost.decodes} decodes{tiny}, {cost.reward_calls} reward calls"
     name = "pipeline" if sampler is None else f"{sampler.name} with {particles} particle{'s' * (particles > 1)}"
     print(f"{prompts} prompt{'s' * (prompts > 1)}, {name}: {what}", flush=True)
     call = {} if config.guidance_scale is None else {"guidance_scale": config.guidance_scale}
-    with tqdm(total=cost.decodes // particles, unit="event", disable=None) as bar:
+    with tqdm(total=(cost.decodes + cost.tiny_decodes) // particles, unit="event", disable=None) as bar:
 
         def watch(info: Info) -> None:
             best = info.rewards.nan_to_num(nan=-math.inf).max(1).values.mean()

@@ -90,8 +90,16 @@ class SteeredPipeline:
         check_noise(noise)
         if transition not in TRANSITIONS:
             raise DiffsteerError(f"transition={transition!r} is unknown; valid: {', '.join(TRANSITIONS)}")
-        if decoder.partition(":")[0] not in DECODERS:
+        if decoder not in DECODERS and not decoder.startswith("tiny:"):
             raise DiffsteerError(f"decoder={decoder!r} is unknown; valid: {', '.join(DECODERS)}")
+        if transition == "native" and noise != "eta":
+            raise DiffsteerError(f"noise={noise} has no effect with transition=native: the solver draws what it draws")
+        if sampler is None and (transition, noise) != ("own", "eta"):
+            raise DiffsteerError(f"transition={transition}, noise={noise} have no effect without a sampler")
+        if decoder == "tiny" and not isinstance(pipe, CallableModel):
+            from diffsteer.pipes import refuse_tiny
+
+            refuse_tiny(pipe)
         if output not in OUTPUTS:
             raise DiffsteerError(f"output={output!r} is unknown; valid: {', '.join(OUTPUTS)}")
         if sampler is not None and (isinstance(sampler, type) or not isinstance(sampler, Sampler)):
@@ -226,7 +234,7 @@ class SteeredPipeline:
             steps,
             guided=guided,
             decoded=decoded,
-            rewards=0 if self.reward is None else 1 + (self.choice is not None),
+            rewards=0 if self.reward is None else 1 + (self.choice is not None and self.sampler is not None),
             chunk=None if self.sampler is None else 8 if self.deterministic and self.chunk is None else size,
             experts=len(self.experts),
             tiny=self.decoder.startswith("tiny"),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffsteer.decoding import size_of
 from diffsteer.families import FAMILIES, Family, family_of
-from diffsteer.shapes.models import MODELS
+from diffsteer.shapes.models import MODELS, is_embedded
 from diffsteer.types import DiffsteerError, UnsupportedError
 
 DENOISERS = ("unet", "transformer", "transformer_2")
@@ -127,6 +127,16 @@ def refuse_caches(pipe: Any) -> None:
             )
 
 
+def refuse_tiny(pipe: Any, where: str = "") -> None:
+    """Refuse to look for a tiny decoder that nobody published.
+
+    Raises:
+        UnsupportedError: an embedded model, whose latents are its own, without a path.
+    """
+    if not where and is_embedded(pipe):
+        raise UnsupportedError("the embedded shapes models have no tiny decoder: give decoder=tiny:PATH, or decoder=full")
+
+
 def decoder_of(pipe: Any, **call: Any) -> Callable[[Tensor], Tensor]:
     """The decoder of a pipeline: latents as `step` sees them, to samples as the pipeline itself makes them.
 
@@ -144,7 +154,11 @@ def tiny_decoder_of(pipe: Any, where: str = "", **call: Any) -> Callable[[Tensor
 
     Args:
         where: a local path or a hub id; "" is the published one of the pipeline's family.
+
+    Raises:
+        UnsupportedError: see `refuse_tiny`.
     """
+    refuse_tiny(pipe, where)
     from diffsteer.tiny import tiny_layout
 
     return partial(tiny_layout(pipe, check_pipeline(pipe), where), pipe, size_of(pipe, call))

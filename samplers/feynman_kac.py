@@ -62,7 +62,7 @@ class FeynmanKac:
         target_ess: tempering. lambda grows as far as the ESS stays at `target_ess` K; for `difference` only. None: fixed.
         resampling: systematic | ssp | stratified | residual | killing | multinomial.
         trigger: "ess" resamples groups whose ESS is below `threshold` K, "always" at every event.
-        threshold: above `target_ess`, since tempering stops at that.
+        threshold: in (0, 1]; above `target_ess`, since tempering stops at that.
         events: when to score: fractions of the run in (0, 1), "all" steps, or every n-th step. The end always counts. The
             default is late, when a clean estimate tells something; earlier ones, (0.2, 0.4, 0.6, 0.8) say, pay where the model
             on its own hardly ever draws what the reward asks for, and cost accuracy where it often does.
@@ -104,6 +104,8 @@ class FeynmanKac:
             raise DiffsteerError("fk: set scale (a fixed lambda) or target_ess (tempering, in (0, 1)), or both")
         if self.scale is not None and not (self.scale >= 0 and math.isfinite(self.scale)):
             raise DiffsteerError(f"fk: scale={self.scale}; it must be finite and at least 0")
+        if not 0 < self.threshold <= 1:
+            raise DiffsteerError(f"fk: threshold={self.threshold:g} is a share of the particles, in (0, 1]")
         if self.target_ess is not None:
             if self.potential not in TEMPERED:
                 raise DiffsteerError(f"fk: potential={self.potential} needs a fixed lambda: set scale and target_ess=null")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,15 @@ WRONG = {
     "blocks that memory decides": (["chunk=auto", "deterministic=true"], ["chunk=auto", "deterministic"]),
     "a decoder": (["decoder=tiyn"], ["decoder=tiyn", "tiny:PATH"]),
     "no decoder": (["decoder=none"], ["decoder=none", "images are made"]),
+    "more than a decoder": (["decoder=full:x"], ["decoder=full:x", "tiny:PATH"]),
+    "a tiny decoder that there is not": (["model=shapes", "decoder=tiny"], ["shapes", "tiny:PATH"]),
+    "an amount of noise that nothing asks": (
+        ["transition=native", "noise=quadratic"],
+        ["noise=quadratic", "transition=native"],
+    ),
+    "a threshold": (["sampler.threshold=nan"], ["threshold=nan", "(0, 1]"]),
+    "a transition without a sampler": (["sampler=none", "transition=native"], ["transition=native", "sampler"]),
+    "no folder": (["out="], ["out="]),
     "a transition": (["transition=natve"], ["transition=natve", "did you mean 'native'?"]),
     "an amount of noise": (["noise=cubic"], ["noise=cubic", "eta, quadratic"]),
     "a sweep without -m": (["sampler=fk,best_of_n"], ["sampler=fk,best_of_n", "--multirun"]),
@@ -101,6 +111,18 @@ def test_a_file_where_the_folder_should_be(generate: Any, tmp_path: Path) -> Non
     assert (tmp_path / "o").read_text() == "mine"
 
 
+def test_a_users_own_empty_folder_stays(generate: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    os.utime(tmp_path / "mine", (1e9, 1e9))
+    assert generate("prompt=a star", "out=mine", "batch=0").code == 2
+    assert (tmp_path / "mine").is_dir()
+
+
+def test_flags_with_values(command: Any, tmp_path: Path) -> None:
+    result = command("generate", "prompt=a star", f"--config-dir={tmp_path}", "--cfg=job")
+    assert result.code == 0 and "sampler" in result.out, result.err
+
+
 def test_a_reward_that_raises_is_a_failure(generate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def score(*args: Any) -> Any:
         raise OSError("no\nfile")
@@ -108,7 +130,7 @@ def test_a_reward_that_raises_is_a_failure(generate: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(Compressibility, "score", score)
     result = generate("prompt=a star", "out=o")
     assert result.code == 1 and result.err.count("\n") == 1
-    assert all(words in result.err for words in ("compressibility", "OSError", "'a star'", "after step 1 of 4"))
+    assert all(words in result.err for words in ("compressibility", "OSError", "'a star'", "after step 2 of 4"))
 
 
 @pytest.mark.parametrize("argv", [["generat"], ["list"], ["list", "sampler"], []])

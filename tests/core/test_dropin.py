@@ -8,6 +8,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from families.toys import TOYS
 from torch import Tensor
 
 from diffsteer import DiffsteerError, UnsupportedError, steered
@@ -87,6 +88,26 @@ def test_the_pipelines_eta_is_not_used_and_generator_is_the_key(toy_pipeline: An
     assert torch.equal(
         a, pipe(PROMPTS, num_images_per_prompt=4, num_inference_steps=10, output_type="latent", latents=start).images
     )
+
+
+def test_a_pipeline_that_hands_step_no_generator_is_keyed_by_seed() -> None:
+    flux = TOYS["FluxPipeline"]
+    pipe = flux.build()
+    pipe.set_progress_bar_config(disable=True)
+    own = pipe.scheduler
+    options = {
+        "num_images_per_prompt": 2,
+        "output_type": "latent",
+        **{k: v for k, v in flux.call.items() if k != "true_cfg_scale"},
+    }
+    made = []
+    for seed in (7, 7, 8):
+        pipe.scheduler = steered(
+            own, FeynmanKac(2), reward=lambda x, p: x.flatten(1).mean(1), prompts=PROMPTS, decoder="none", seed=seed
+        )
+        made.append(pipe(PROMPTS, generator=torch.Generator().manual_seed(0), **options).images)
+        assert pipe.scheduler.steering.seed == seed
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
 
 
 def test_none_passes_everything_through(toy_pipeline: Any) -> None:

@@ -72,6 +72,14 @@ def test_the_error_is_of_first_order(noise: str, eta: float) -> None:
     assert all(0.85 < order < 1.35 for order in orders), (errors, orders)
 
 
+@pytest.mark.parametrize("noise", ["eta", "quadratic"])
+def test_amounts_of_noise_do_not_depend_on_the_scale_of_the_states(noise: str) -> None:
+    for c in (0.3, 2.0):
+        at, to = level(0.4, 0.6), level(0.5, 0.5)
+        own = level(0.4 * c, 0.6 * c), level(0.5 * c, 0.5 * c)
+        assert float(noise_std(*own, 1.0, noise)) == pytest.approx(c * float(noise_std(at, to, 1.0, noise)))
+
+
 def test_quadratic_noise_is_its_integral_and_never_too_much() -> None:
     at, to = level(0.4, 0.6), level(0.5, 0.5)
     assert float(noise_std(at, to, 1.0, "quadratic")) ** 2 == pytest.approx(9 / 5 * (0.6**5 - 0.5**5))
