@@ -31,7 +31,7 @@ check: $(VENV)/installed-dev  ## style, types, tests
 	$(BIN)/mypy
 	$(MAKE) test
 
-bench: $(VENV)/installed  ## overhead, then quality (about an hour on two cores)
+bench: $(VENV)/installed  ## overhead, then quality (about three hours on one core)
 	$(BIN)/python scripts/bench_overhead.py
 	$(BIN)/python scripts/bench_quality.py
 
