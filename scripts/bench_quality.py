@@ -53,6 +53,7 @@ def judge(samples: torch.Tensor, text: str) -> bool:
 
 
 EARLY = (0.2, 0.4, 0.6, 0.8)
+MANY = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 METHODS: dict[str, Any] = {
     "bon8": lambda: BestOfN(8),
     "native": lambda: BestOfN(1, eta=0.0),
@@ -60,11 +61,13 @@ METHODS: dict[str, Any] = {
     "fk8": lambda: FeynmanKac(8),
     "fk4_early": lambda: FeynmanKac(4, events=EARLY),
     "fk8_early": lambda: FeynmanKac(8, events=EARLY),
+    "fk4_many": lambda: FeynmanKac(4, events=MANY),
+    "fk8_many": lambda: FeynmanKac(8, events=MANY),
     "fk4_gentle": lambda: FeynmanKac(4, events=(0.4, 0.6, 0.8), target_ess=0.8, threshold=0.85),
     "fk4_fixed": lambda: FeynmanKac(4, events=(0.4, 0.6, 0.8), scale=0.1),
 }
 MAIN = ("bon8", "native", "fk4", "fk8")
-BLANK = ("bon8", "fk4", "fk8", "fk4_early", "fk8_early")  # with the empty caption, too
+BLANK = ("bon8", "fk4", "fk8", "fk4_early", "fk8_early", "fk4_many", "fk8_many")  # with the empty caption, too
 
 
 def run(work: Path, methods: list[str], shard: tuple[int, int], count: int, empty: int) -> None:
@@ -148,6 +151,7 @@ def columns(records: dict[str, dict[str, Case]], prefix: str = "") -> dict[str, 
             table[name] = {i: chosen_right(r, first) for i, r in found["bon8"].items()}
     labels = {"native": "plain, native ODE", "fk4": "FK(4)", "fk8": "FK(8)"}
     labels |= {"fk4_early": "FK(4), early events", "fk8_early": "FK(8), early events"}
+    labels |= {"fk4_many": "FK(4), eight events", "fk8_many": "FK(8), eight events"}
     for method, by_case in found.items():
         if method != "bon8":
             table[labels.get(method, method)] = {i: chosen_right(r) for i, r in by_case.items()}
