@@ -270,9 +270,6 @@ def grid_length(pipe: Any, steps: int, eta: float | None) -> int:
     scheduler = copy.deepcopy(pipe.scheduler)
     try:
         scheduler.set_timesteps(steps)
-    except (
-        ValueError,
-        TypeError,
-    ):  # a flow's grid may want the picture's size; it is as long as asked
-        return steps
+    except (ValueError, TypeError):
+        return steps  # a flow's grid may want to know the picture's size; it is as long as asked
     return len(scheduler.timesteps)

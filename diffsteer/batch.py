@@ -25,12 +25,8 @@ if TYPE_CHECKING:
 
 SHOWN = 64  # images on the sheet, the first ones
 MANIFEST, TIMINGS, GRID = "manifest.jsonl", "timings.jsonl", "grid.png"
-_COUNTS = (
-    "evaluations",
-    "decodes",
-    "tiny_decodes",
-    "reward_calls",
-)  # those that each prompt has of its own, however many run together
+# Those that each prompt has of its own, however many run together.
+_COUNTS = ("evaluations", "decodes", "tiny_decodes", "reward_calls")
 
 
 @dataclass(frozen=True)

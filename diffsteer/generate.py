@@ -16,7 +16,7 @@ from diffsteer.algebra import NOISES
 from diffsteer.batch import GRID, MANIFEST, Folder, Item, as_items, generate, read_items
 from diffsteer.blocks import check_size
 from diffsteer.config import Config, build, settings
-from diffsteer.pipeline import TRANSITIONS, SteeredPipeline, load_pipeline
+from diffsteer.pipeline import TRANSITIONS, SteeredPipeline, check_effect, load_pipeline
 from diffsteer.registry import find, nearest
 from diffsteer.run import OUTPUTS
 from diffsteer.shapes.models import MODELS, digest, is_embedded
@@ -94,10 +94,7 @@ def _check(config: DictConfig) -> bool:
         )
     if config.decoder == "tiny" and config.model.path in MODELS:
         raise DiffsteerError(f"model={config.model.path} has no tiny decoder: give decoder=tiny:PATH, or decoder=full")
-    if config.transition == "native" and config.noise != "eta":
-        raise DiffsteerError(f"noise={config.noise} has no effect with transition=native: the solver draws what it draws")
-    if config.sampler.get("name") == "none" and (config.transition, config.noise) != ("own", "eta"):
-        raise DiffsteerError(f"transition={config.transition}, noise={config.noise} have no effect without a sampler")
+    check_effect(config.transition, config.noise, config.sampler.get("name") != "none")
     if isinstance(config.chunk, bool | float | DictConfig | ListConfig):
         raise DiffsteerError(f'chunk={config.chunk}; a number of rows, at least 1, or "auto"')
     check_size(config.chunk, config.deterministic)

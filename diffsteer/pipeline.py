@@ -51,6 +51,18 @@ def load_pipeline(name: str | Path = "shapes", **kwargs: Any) -> Any:
         raise DiffsteerError(f"no pipeline could be loaded from {str(name)!r} ({first}); embedded: {embedded}") from error
 
 
+def check_effect(transition: str, noise: str, steered: bool) -> None:
+    """Refuse settings that nothing would read.
+
+    Raises:
+        DiffsteerError: an amount of noise for the user's own solver; a transition or a noise without a sampler.
+    """
+    if transition == "native" and noise != "eta":
+        raise DiffsteerError(f"noise={noise} has no effect with transition=native: the solver draws what it draws")
+    if not steered and (transition, noise) != ("own", "eta"):
+        raise DiffsteerError(f"transition={transition}, noise={noise} have no effect without a sampler")
+
+
 class SteeredPipeline:
     """Any supported pipeline, steered. The pipeline that is given is never changed.
 
@@ -92,10 +104,7 @@ class SteeredPipeline:
             raise DiffsteerError(f"transition={transition!r} is unknown; valid: {', '.join(TRANSITIONS)}")
         if decoder not in DECODERS and not decoder.startswith("tiny:"):
             raise DiffsteerError(f"decoder={decoder!r} is unknown; valid: {', '.join(DECODERS)}")
-        if transition == "native" and noise != "eta":
-            raise DiffsteerError(f"noise={noise} has no effect with transition=native: the solver draws what it draws")
-        if sampler is None and (transition, noise) != ("own", "eta"):
-            raise DiffsteerError(f"transition={transition}, noise={noise} have no effect without a sampler")
+        check_effect(transition, noise, sampler is not None)
         if decoder == "tiny" and not isinstance(pipe, CallableModel):
             from diffsteer.pipes import refuse_tiny
 

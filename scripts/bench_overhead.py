@@ -26,14 +26,6 @@ from diffsteer.pipes import denoisers_of
 from diffsteer.samplers import FeynmanKac
 
 PROMPTS, PARTICLES, STEPS, PAIRS = ["a red circle", "two stars", "a ring above a cross", "a blue square"], 4, 20, 9
-FAMILIES = (
-    "StableDiffusionPipeline",
-    "StableDiffusionXLPipeline",
-    "StableDiffusion3Pipeline",
-    "FluxPipeline",
-    "WanPipeline",
-    "AnimateDiffPipeline",
-)
 
 
 def compare(pipe: Any, prompts: list[str], particles: int, many: str = "num_images_per_prompt", **call: Any) -> list[Any]:
@@ -68,11 +60,11 @@ def embedded() -> None:
 
 def families() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-    from families.toys import TOYS
+    from families.toys import SIX, TOYS
 
     print("| pipeline class, at toy size | steered / plain | outside the denoiser, steered | plain | more a step |")
     print("|---|---|---|---|---|")
-    for name in FAMILIES:
+    for name in SIX:
         toy = TOYS[name]
         call = {k: v for k, v in toy.call.items() if k != "true_cfg_scale"} | {"num_inference_steps": 10}
         many = "num_videos_per_prompt" if name in ("WanPipeline", "AnimateDiffPipeline") else "num_images_per_prompt"

@@ -53,6 +53,7 @@ def judge(samples: torch.Tensor, text: str) -> bool:
 
 
 EARLY = (0.2, 0.4, 0.6, 0.8)
+THREE, FIVE = (0.4, 0.6, 0.8), (0.4, 0.5, 0.6, 0.7, 0.8)
 MANY = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 METHODS: dict[str, Any] = {
     "bon8": lambda: BestOfN(8),
@@ -63,23 +64,33 @@ METHODS: dict[str, Any] = {
     "fk8_early": lambda: FeynmanKac(8, events=EARLY),
     "fk4_many": lambda: FeynmanKac(4, events=MANY),
     "fk8_many": lambda: FeynmanKac(8, events=MANY),
-    "fk4_gentle": lambda: FeynmanKac(4, events=(0.4, 0.6, 0.8), target_ess=0.8, threshold=0.85),
-    "fk4_fixed": lambda: FeynmanKac(4, events=(0.4, 0.6, 0.8), scale=0.1),
+    # what was tried on development cases
+    "bon4": lambda: BestOfN(4),
+    "fk4_three": lambda: FeynmanKac(4, events=THREE),
+    "fk4_two": lambda: FeynmanKac(4, events=(0.5, 0.7)),
+    "fk4_three_gentle": lambda: FeynmanKac(4, events=THREE, target_ess=0.8, threshold=0.85),
+    "fk4_three_at_most_0.3": lambda: FeynmanKac(4, events=THREE, scale=0.3),
+    "fk4_three_at_most_0.1": lambda: FeynmanKac(4, events=THREE, scale=0.1),
+    "fk4_at_most_0.3": lambda: FeynmanKac(4, scale=0.3),
+    "fk8_five_strong": lambda: FeynmanKac(8, events=FIVE, target_ess=0.3, threshold=0.5),
+    "fk8_five_gentle": lambda: FeynmanKac(8, events=FIVE, target_ess=0.8, threshold=0.85),
+    "fk8_five_at_most_0.3": lambda: FeynmanKac(8, events=FIVE, scale=0.3),
+    "fk8_many_strong": lambda: FeynmanKac(8, events=MANY, target_ess=0.3, threshold=0.5),
 }
 MAIN = ("bon8", "native", "fk4", "fk8")
-BLANK = ("bon8", "fk4", "fk8", "fk4_early", "fk8_early", "fk4_many", "fk8_many")  # with the empty caption, too
+BLANK = [m for m in METHODS if m not in ("native", "bon4")]  # with the empty caption, too
 
 
-def run(work: Path, methods: list[str], shard: tuple[int, int], count: int, empty: int) -> None:
+def run(work: Path, methods: list[str], shard: tuple[int, int], count: int, empty: int, development: bool) -> None:
     """Append one line a case and method to a file of this process in DIR; what stands in any of them is not done again."""
     work.mkdir(parents=True, exist_ok=True)
     records = [json.loads(line) for f in work.glob("quality.*.jsonl") for line in f.read_text().splitlines()]
     done = {(r["method"], r["id"]) for r in records}
     pipe = load_pipeline("shapes")
     reward, second = ClipScore(), second_reward()
-    jobs = [(m, c, False) for m in methods for c in chunks(held_out(count), BATCH)]
+    jobs = [(m, c, False) for m in methods for c in chunks(held_out(count, 6 if development else 7), BATCH)]
     if empty:
-        cases = held_out(empty, 8, ("single_object",))
+        cases = held_out(empty, 18 if development else 8, ("single_object",))
         jobs += [(m, c, True) for m in methods if m in BLANK for c in chunks(cases, BATCH)]
     with (work / f"quality.{os.getpid()}.jsonl").open("a") as sink:
         for method, cases, blank in jobs[shard[0] :: shard[1]]:
@@ -248,11 +259,12 @@ if __name__ == "__main__":
     parser.add_argument("--shard", default="0/1", help="i/n: take every n-th batch")
     parser.add_argument("--count", type=int, default=CASES_A_TASK, help="cases a task")
     parser.add_argument("--empty", type=int, default=EMPTY_CASES, help="cases with the empty caption")
+    parser.add_argument("--development", action="store_true", help="cases that settings are chosen on")
     arguments = parser.parse_args()
     if arguments.stage == "tune":
         tune()
     if arguments.stage in ("run", "all"):
         i, n = (int(v) for v in arguments.shard.split("/"))
-        run(arguments.work, arguments.methods.split(","), (i, n), arguments.count, arguments.empty)
+        run(arguments.work, arguments.methods.split(","), (i, n), arguments.count, arguments.empty, arguments.development)
     if arguments.stage in ("table", "all"):
         tables(arguments.work)

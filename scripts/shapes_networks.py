@@ -40,28 +40,32 @@ def make_vae() -> nn.Module:
     )
 
 
+def text_config(vocab: int, width: int, layers: int, heads: int) -> Any:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=CONTEXT,
+        pad_token_id=0,
+        bos_token_id=vocab - 2,
+        eos_token_id=vocab - 1,
+    )
+
+
 class Painter(nn.Module):
     """Text encoder and UNet, trained as one: predicts the noise from noisy latents, timesteps and token ids."""
 
     def __init__(self, vocab: int) -> None:
         from diffusers import UNet2DConditionModel
-        from transformers import CLIPTextConfig, CLIPTextModel
+        from transformers import CLIPTextModel
 
         super().__init__()
-        self.text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=vocab,
-                hidden_size=96,
-                intermediate_size=384,
-                projection_dim=96,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=CONTEXT,
-                pad_token_id=0,
-                bos_token_id=vocab - 2,
-                eos_token_id=vocab - 1,
-            )
-        )
+        self.text_encoder = CLIPTextModel(text_config(vocab, width=96, layers=2, heads=4))
         self.unet = UNet2DConditionModel(
             sample_size=16,
             in_channels=4,
@@ -114,27 +118,12 @@ class FlowPainter(nn.Module):
 
     def __init__(self, vocab: int, width: int = 96, layers: int = 5, text: int = 64) -> None:
         from diffusers import SD3Transformer2DModel
-        from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+        from transformers import CLIPTextModelWithProjection
 
         super().__init__()
 
-        def encoder() -> Any:
-            return CLIPTextModelWithProjection(
-                CLIPTextConfig(
-                    vocab_size=vocab,
-                    hidden_size=text,
-                    intermediate_size=4 * text,
-                    projection_dim=text,
-                    num_hidden_layers=3,
-                    num_attention_heads=2,
-                    max_position_embeddings=CONTEXT,
-                    pad_token_id=0,
-                    bos_token_id=vocab - 2,
-                    eos_token_id=vocab - 1,
-                )
-            )
-
-        self.text_encoder, self.text_encoder_2 = encoder(), encoder()
+        config = text_config(vocab, width=text, layers=3, heads=2)
+        self.text_encoder, self.text_encoder_2 = (CLIPTextModelWithProjection(config) for _ in range(2))
         self.transformer = SD3Transformer2DModel(
             sample_size=16,
             patch_size=2,

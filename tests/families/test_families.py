@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families.toys import TOYS, Toy
+from families.toys import SIX, TOYS, Toy
 from torch import Tensor
 
 from diffsteer import SteeredPipeline, UnsupportedError
@@ -187,14 +187,6 @@ def test_the_readmes_table_is_this() -> None:
     assert {name.split()[0] for name in CARRIED} == set(FAMILIES), "every class in the table of facts has a toy"
 
 
-SIX = [
-    "StableDiffusionPipeline",
-    "StableDiffusionXLPipeline",
-    "StableDiffusion3Pipeline",
-    "FluxPipeline",
-    "WanPipeline",
-    "AnimateDiffPipeline",
-]
 SINGLE = {"FluxPipeline": 1e-2, "WanPipeline": 1e-2}  # compute in float32 inside
 
 

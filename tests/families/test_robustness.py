@@ -12,22 +12,13 @@ import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
 from families.test_families import PROMPTS, built, level_of, session
-from families.toys import TOYS
+from families.toys import SIX, TOYS
 from torch import Tensor, nn
 
 from diffsteer import SteeredPipeline, UnsupportedError, steered
 from diffsteer.hooks import _active
 from diffsteer.pipes import denoisers_of
 from diffsteer.samplers import BestOfN, FeynmanKac
-
-SIX = (
-    "StableDiffusionPipeline",
-    "StableDiffusionXLPipeline",
-    "StableDiffusion3Pipeline",
-    "FluxPipeline",
-    "WanPipeline",
-    "AnimateDiffPipeline",
-)
 
 
 def modules_of(pipe: Any) -> list[nn.Module]:

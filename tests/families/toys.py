@@ -838,3 +838,13 @@ TOYS: dict[str, Toy] = {
     "DiTPipeline": Toy(dit, {"num_inference_steps": 5, "guidance_scale": 3.0}, rows="class_labels"),
 }
 TOYS = {name: replace(toy, build=parts.seeded(toy.build)) for name, toy in TOYS.items()}
+
+# The families that everything is tried on.
+SIX = (
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusion3Pipeline",
+    "FluxPipeline",
+    "WanPipeline",
+    "AnimateDiffPipeline",
+)
