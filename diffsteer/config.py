@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
@@ -132,6 +133,15 @@ def settings(config: DictConfig, **more: Any) -> tuple[dict[str, Any], str]:
     left_out = _WITHOUT_EFFECT if config.deterministic else (*_WITHOUT_EFFECT, "chunk")
     kept = {str(k): v for k, v in values.items() if k not in left_out} | {"version": __version__} | more
     return kept, hashlib.sha256(json.dumps(kept, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def as_yaml(config: Any) -> str:
+    """A configuration as YAML that reads back equal. PyYAML writes a NEL (U+0085) so that it reads back as a blank; then every
+    text is quoted and escaped."""
+    text = OmegaConf.to_yaml(config)
+    if "\x85" in text:
+        text = yaml.safe_dump(OmegaConf.to_container(config), default_style='"', sort_keys=False)
+    return text
 
 
 def for_hydra(argv: list[str]) -> list[str]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from diffsteer.algebra import NOISES
 from diffsteer.batch import GRID, MANIFEST, Folder, Item, as_items, generate, read_items
 from diffsteer.blocks import check_size
-from diffsteer.config import Config, build, settings
+from diffsteer.config import Config, as_yaml, build, settings
 from diffsteer.pipeline import TRANSITIONS, SteeredPipeline, check_effect, load_pipeline
 from diffsteer.registry import find, nearest
 from diffsteer.run import OUTPUTS
@@ -130,9 +130,9 @@ def _snapshot(config: DictConfig, out: Path) -> None:
     """Hydra's snapshot, as Hydra writes it."""
     (out / ".hydra").mkdir(exist_ok=True)
     whole: Any = HydraConfig.instance().cfg
-    OmegaConf.save(config, out / ".hydra" / "config.yaml")
-    OmegaConf.save(OmegaConf.masked_copy(whole, "hydra"), out / ".hydra" / "hydra.yaml")
-    OmegaConf.save(HydraConfig.get().overrides.task, out / ".hydra" / "overrides.yaml")
+    parts = {"config": config, "hydra": OmegaConf.masked_copy(whole, "hydra"), "overrides": HydraConfig.get().overrides.task}
+    for name, part in parts.items():
+        (out / ".hydra" / f"{name}.yaml").write_text(as_yaml(part), encoding="utf-8")
 
 
 def _load(config: DictConfig, device: str) -> Any:

@@ -6,9 +6,10 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from shapes_networks import FlowPainter
-from shapes_training import tokenize, train
+from shapes_training import pixels, tokenize, train
 from torch import Tensor
 
 from diffsteer.shapes.models import WEIGHTS
@@ -17,15 +18,26 @@ FLOW_STEPS, BATCH = 12_000, 64
 SHIFT = (
     1.5  # of the scheduler that ships, and of the noise levels in training: places and colours are decided where noise is high
 )
-OUT = WEIGHTS / "sd3"
+OUT, TOKENIZER = WEIGHTS / "sd3", WEIGHTS / "sd" / "tokenizer"
+
+
+@torch.no_grad()
+def stage_encode(work: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    vae, images = AutoencoderKL.from_pretrained(WEIGHTS / "sd" / "vae").float().eval(), np.load(work / "images.npy", mmap_mode="r")
+    chunks = [images[i : i + 100] for i in range(0, len(images), 100)]
+    z = torch.cat([vae.encode(pixels(c) * 2 - 1).latent_dist.mean for c in chunks])
+    print("latent mean", z.mean((0, 2, 3)).tolist(), "std", z.std((0, 2, 3)).tolist())
+    torch.save(z.half(), work / "latents_shipped.pt")
 
 
 def stage_flow(work: Path) -> None:
     """Rectified flow: x = (1 - s) z + s noise, the network predicts noise - z; 10 % of the captions are left out."""
     torch.manual_seed(5)
-    latents = torch.load(work / "latents.pt", weights_only=True)
-    ids = tokenize(work / "tokenizer", (work / "captions.txt").read_text().split("\n")[: len(latents)])
-    empty, painter = tokenize(work / "tokenizer", [""]), FlowPainter(int(ids.max()) + 1)
+    latents = torch.load(work / "latents_shipped.pt", weights_only=True)
+    ids = tokenize(TOKENIZER, (work / "captions.txt").read_text().split("\n")[: len(latents)])
+    empty, painter = tokenize(TOKENIZER, [""]), FlowPainter(int(ids.max()) + 1)
 
     def loss_of(step: int) -> Tensor:
         rng = torch.Generator().manual_seed(4 * 10**6 + step)
@@ -52,9 +64,9 @@ def stage_export_flow(work: Path, out: Path = OUT) -> None:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
         vae=AutoencoderKL.from_pretrained(WEIGHTS / "sd" / "vae"),
         text_encoder=painter.text_encoder,
-        tokenizer=CLIPTokenizer.from_pretrained(WEIGHTS / "sd" / "tokenizer"),
+        tokenizer=CLIPTokenizer.from_pretrained(TOKENIZER),
         text_encoder_2=painter.text_encoder_2,
-        tokenizer_2=CLIPTokenizer.from_pretrained(WEIGHTS / "sd" / "tokenizer"),
+        tokenizer_2=CLIPTokenizer.from_pretrained(TOKENIZER),
         text_encoder_3=None,
         tokenizer_3=None,
     )

@@ -8,7 +8,8 @@
     python scripts/train_shapes.py clip --work DIR      the miniature CLIP, on clean renders (40 min on one core)
     python scripts/train_shapes.py clip_halfway --work DIR    and on what is being painted  (2 h on one core)
     python scripts/train_shapes.py clip2 --work DIR     a second, smaller one               (30 min on one core)
-    python scripts/train_shapes.py flow --work DIR      a miniature Stable Diffusion 3
+    python scripts/train_shapes.py encode --work DIR    encode the scenes with the autoencoder that ships (2 min)
+    python scripts/train_shapes.py flow --work DIR      a miniature Stable Diffusion 3 on those latents
     python scripts/train_shapes.py export --work DIR    fp16 safetensors into diffsteer/shapes/weights
 
 Every stage keeps a checkpoint in DIR and goes on from it when it is started again; batches are keyed by the step, so an
@@ -27,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from shapes_clips import stage_clip, stage_clip2, stage_clip_halfway
-from shapes_flow import stage_export_flow, stage_flow
+from shapes_flow import stage_encode, stage_export_flow, stage_flow
 from shapes_networks import SCHEDULE, Painter, make_vae
 from shapes_training import pixels, tokenize, train
 from torch import Tensor, nn
@@ -200,6 +201,7 @@ STAGES = {
         stage_clip,
         stage_clip_halfway,
         stage_clip2,
+        stage_encode,
         stage_flow,
         stage_export,
         stage_export_flow,

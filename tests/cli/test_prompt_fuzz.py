@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from diffsteer.batch import Folder, as_items
-from diffsteer.config import for_hydra, register_schemas
+from diffsteer.config import as_yaml, for_hydra, register_schemas
 
 EXAMPLES = [
     "", " ", "  two  blanks ", "${oc.env:HOME}", "\\${x}", "\\\\${x}", "${", "$", "}", "${a}'${b}\\", "a,b", "a, b", "x=(1)",
     "f(x)", "[a]", "{a: b}", "'", '"', "it's", "\\", "\\\\", "\\'", "a\\", "'a'", '"a"', "null", "true", "3", "~", "???",
-    "???x", "a:b", "#", "%", "*", "é", "日本", "\u2028", "🔴", "\t", "choice(a,b)", "range(1,5)", "+a", "--help", "prompt=a",
+    "???x", "a:b", "#", "%", "*", "é", "日本", "\u2028", "a\x85\\${b}1", "🔴", "\t", "choice(a,b)", "range(1,5)", "+a", "--help", "prompt=a",
 ]  # fmt: skip
 # The pieces that mean something to Hydra or OmegaConf, so that they meet often.
 HARD = st.lists(st.sampled_from(["${", "}", "\\", "'", '"', ",", "=", "(", ")", "$", "{", "a", " ", "é"])).map("".join)
@@ -37,7 +37,7 @@ def hydra() -> Iterator[None]:
 def check_through(text: str, *more: str) -> Any:
     config = compose("config", overrides=for_hydra([f"prompt={text}", *more]))
     assert config.prompt == text
-    assert OmegaConf.create(OmegaConf.to_yaml(config)).prompt == text  # the snapshot
+    assert OmegaConf.create(as_yaml(config)).prompt == text  # the snapshot
     return config
 
 
