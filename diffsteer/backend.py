@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffsteer import rng
 from diffsteer.conditions import Memory
+from diffsteer.control import Control
 from diffsteer.decoding import size_of
 from diffsteer.hooks import Watch, guidance_parts, watching
 from diffsteer.levels import native_state
@@ -263,13 +264,26 @@ class DiffusersSession(Session):
         return call
 
 
-def grid_length(pipe: Any, steps: int, eta: float | None) -> int:
-    """How often a call with so many steps evaluates the denoiser for a row: more than `steps` for solvers with inner steps."""
-    if eta:
-        return DiffusersSession(pipe, [""], particles=1, seed=0, num_inference_steps=steps, eta=eta).steps
-    scheduler = copy.deepcopy(pipe.scheduler)
+def grid_length(pipe: Any, steps: int | None, call: dict[str, Any], eta: float | None) -> int:
+    """How many transitions a call with so many steps makes: more for solvers with inner steps, fewer for a picture's strength.
+
+    Args:
+        steps: None is the default of the pipeline.
+        call: the pipeline's own arguments.
+        eta: of diffsteer's transition, which takes no inner steps; None or 0 for the user's own solver.
+    """
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    steps = int(parameters["num_inference_steps"].default if steps is None else steps)
+    control = Control()
+    control.eta = eta
+    scheduler = install(pipe.scheduler, control)
+    mu = {"mu": 1.0} if getattr(scheduler.config, "use_dynamic_shifting", False) else {}  # moves levels, but makes no more
     try:
-        scheduler.set_timesteps(steps)
+        scheduler.set_timesteps(steps, **mu)
     except (ValueError, TypeError):
-        return steps  # a flow's grid may want to know the picture's size; it is as long as asked
-    return len(scheduler.timesteps)
+        return steps  # some grids are made by the pipeline, as long as asked
+    length = len(scheduler.timesteps)
+    if "strength" not in parameters:
+        return length
+    strength = float(call.get("strength", parameters["strength"].default))
+    return length - (steps - min(int(steps * strength), steps)) * int(scheduler.order)

@@ -103,15 +103,12 @@ class Steering(Control):
 
     def begin(self, scheduler: Any) -> None:
         """A new run."""
-        self.scheduler, self.selection, self.seed = scheduler, None, self.given_seed
+        self.scheduler, self.selection, self.seed, self.skipped = scheduler, None, self.given_seed, 0
 
     def noise(self, index: int, sample: Tensor, generator: Any) -> Tensor:
         """The keyed noise of one transition, (N, ...)."""
-        if self.seed is None:
-            self.seed = rng.seed_of(generator)
-        if self.selection is None:
-            self._open(len(self.scheduler.timesteps), len(sample))
-        return rng.normal(*self.keys(), index, "step", sample.shape[1:])
+        self._open(index, len(sample), generator)
+        return rng.normal(*self.keys(), index - self.skipped, "step", sample.shape[1:])
 
     def keys(self) -> tuple[int, list[tuple[rng.Id, int]]]:
         assert self.seed is not None
@@ -121,19 +118,19 @@ class Steering(Control):
         """A transition was made: select, and at the end put the chosen ones first."""
         if self.sampler is None:
             return x
-        if self.seed is None:
-            self.seed = rng.seed_of(generator)
-        if self.selection is None:
-            self._open(total, len(x))
-        selection = self.selection
-        assert selection is not None
-        if index + 1 not in selection.events:
+        selection, done = self._open(index, len(x), generator), index + 1 - self.skipped
+        if done not in selection.events:
             return x
-        x = selection(index + 1, x, x0)
+        x = selection(done, x, x0)
         self.moved = selection.moved
         return self._finish(selection, x) if index + 1 == total else x
 
-    def _open(self, total: int, rows: int) -> None:
+    def _open(self, index: int, rows: int, generator: Any) -> Selection:
+        """The run's selection, made at its first step; before that an image-to-image pipeline has skipped part of the grid."""
+        if self.selection is not None:
+            return self.selection
+        self.seed = rng.seed_of(generator) if self.seed is None else self.seed
+        self.skipped, total = index, len(self.scheduler.timesteps) - index
         wanted = len(self.prompts) * self.sampler.particles
         if rows != wanted:
             raise DiffsteerError(
@@ -141,12 +138,11 @@ class Steering(Control):
                 f"but the pipeline has {rows}: "
                 f"call it with the same prompts and num_images_per_prompt={self.sampler.particles}"
             )
-        assert self.seed is not None
         self.ledger = Ledger().open()
         for reward in (self.reward, self.choice):
             if reward is not None:
                 reward.prepare(self.prompts, Context(0, total, self.embedded))
-        levels = getattr(self.scheduler, "levels", [])
+        levels = getattr(self.scheduler, "levels", [])[index:]
         noisy = [
             k for k, (a, b) in enumerate(zip(levels, levels[1:], strict=False)) if float(noise_std(a, b, self.eta or 0.0)) > 0
         ]
@@ -157,6 +153,7 @@ class Steering(Control):
             from diffsteer.pipes import refuse_caches
 
             refuse_caches(self.decoder)
+        return self.selection
 
     def _finish(self, selection: Selection, x: Tensor) -> Tensor:
         rewards, log_weights = selection.infos[-1].rewards, selection.state.log_weights

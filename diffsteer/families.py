@@ -34,6 +34,7 @@ class Family:
         together: conditions of one row depend on the other rows', so all are encoded at once.
         prompt: the argument that a session's prompts enter by; "batch_size" takes their number alone.
         guidance: the argument whose values above 1 double the evaluations; "" where none does.
+        apart: guidance evaluates the denoiser in two forwards of N rows, not in one of 2 N.
         tiny: where its published tiny decoder lies; "" where there is none.
         returns_states: the call can return its last states, as `step` left them.
     """
@@ -47,6 +48,7 @@ class Family:
     prompt: str = "prompt"
     guidance: str = "guidance_scale"
     returns_states: bool = True
+    apart: bool = False
     tiny: str = ""
 
 
@@ -65,21 +67,21 @@ FAMILIES: dict[str, Family] = {
         decoding.image, no_reentry="its call cuts the time grid by strength=", takes_latents=False
     ),
     "StableDiffusion3Pipeline": Family(decoding.image, tiny="madebyollin/taesd3"),
-    "FluxPipeline": Family(decoding.packed, guidance="true_cfg_scale", tiny="madebyollin/taef1"),
+    "FluxPipeline": Family(decoding.packed, guidance="true_cfg_scale", apart=True, tiny="madebyollin/taef1"),
     "Flux2Pipeline": Family(decoding.patched, enter=decoding.unpacked, guidance="", tiny="madebyollin/taef2"),
-    "QwenImagePipeline": Family(decoding.packed_video_vae, guidance="true_cfg_scale"),
+    "QwenImagePipeline": Family(decoding.packed_video_vae, guidance="true_cfg_scale", apart=True),
     "ZImagePipeline": Family(decoding.image, tiny="madebyollin/taef1"),
     "PixArtSigmaPipeline": Family(decoding.image, tiny="madebyollin/taesdxl"),
     "SanaPipeline": Family(decoding.image),
     "HunyuanDiTPipeline": Family(decoding.image),
-    "Lumina2Pipeline": Family(decoding.image),
+    "Lumina2Pipeline": Family(decoding.image, apart=True),
     "AuraFlowPipeline": Family(decoding.image),
     "AnimateDiffPipeline": Family(decoding.video_by_image, tiny="madebyollin/taesd"),
-    "WanPipeline": Family(decoding.video),
+    "WanPipeline": Family(decoding.video, apart=True),
     "CogVideoXPipeline": Family(decoding.frames_first),
     "LTXPipeline": Family(decoding.packed_video),
     "LTX2Pipeline": Family(decoding.packed_video, no_reentry=SECOND_STREAM, returns_states=False),
-    "HunyuanVideoPipeline": Family(decoding.scaled_video, guidance="true_cfg_scale"),
+    "HunyuanVideoPipeline": Family(decoding.scaled_video, guidance="true_cfg_scale", apart=True),
     "StableAudioPipeline": Family(decoding.sound),
     "AudioLDM2Pipeline": Family(decoding.spectrogram, together=True),
     "DDPMPipeline": Family(

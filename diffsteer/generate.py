@@ -154,12 +154,12 @@ def _fill(folder: Folder, config: DictConfig, pipe: Any, sampler: Sampler | None
     names = ("output", "decoder", "transition", "noise", "chunk", "deterministic")
     steered = SteeredPipeline(pipe, sampler, reward, **{name: config[name] for name in names})
     prompts, particles = len(folder.missing), sampler.particles if sampler else 1
-    cost = steered.estimate(prompts, config.num_inference_steps, config.guidance_scale)
+    call = {} if config.guidance_scale is None else {"guidance_scale": config.guidance_scale}
+    cost = steered.estimate(prompts, config.num_inference_steps, negative_prompt=config.negative_prompt, **call)
     tiny = f" and {cost.tiny_decodes} tiny ones" if cost.tiny_decodes else ""
     what = f"{cost.evaluations} evaluations, {cost.decodes} decodes{tiny}, {cost.reward_calls} reward calls"
     name = "pipeline" if sampler is None else f"{sampler.name} with {particles} particle{'s' * (particles > 1)}"
     print(f"{prompts} prompt{'s' * (prompts > 1)}, {name}: {what}", flush=True)
-    call = {} if config.guidance_scale is None else {"guidance_scale": config.guidance_scale}
     with tqdm(total=(cost.decodes + cost.tiny_decodes) // particles, unit="event", disable=None) as bar:
 
         def watch(info: Info) -> None:

@@ -214,34 +214,37 @@ class SteeredPipeline:
         self,
         prompts: int = 1,
         num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
+        *,
         rehearse: str | None = None,
+        **call: Any,
     ) -> Ledger:
         """What a call with so many prompts will count.
 
         Args:
+            call: the arguments of the call that decide what it costs (guidance_scale, negative_prompt, strength); others do
+                no harm.
             rehearse: a prompt to run two steps with, as often as fits a block of rows, which tells seconds and memory as well;
                 without it they stay empty.
         """
-        guided, steps, size = False, num_inference_steps or 50, Blocks(self.chunk).size
+        guided, apart, steps, size = False, False, num_inference_steps or 50, Blocks(self.chunk).size
         if not isinstance(self.pipe, CallableModel):
             from diffsteer.backend import grid_length
             from diffsteer.pipes import check_pipeline, is_guided
             from diffsteer.shapes.models import recommended
 
-            check_pipeline(self.pipe)
-            asked = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-            known = recommended(self.pipe) | {k: v for k, v in asked.items() if v is not None}
+            apart = check_pipeline(self.pipe).apart
+            known = recommended(self.pipe) | {k: v for k, v in call.items() if v is not None}
             guided = is_guided(self.pipe, known)
-            steps = grid_length(
-                self.pipe, int(known.get("num_inference_steps", 50)), self.sampler.eta if self.sampler else None
-            )
+            asked = num_inference_steps or known.get("num_inference_steps")
+            eta = None if self.sampler is None or self.transition == "native" else self.sampler.eta
+            steps = grid_length(self.pipe, asked, known, eta)
         decoded = self.decoder != "none" if not isinstance(self.pipe, CallableModel) else self.pipe.decode is not None
         said = estimate(
             self.sampler,
             prompts,
             steps,
             guided=guided,
+            apart=apart,
             decoded=decoded,
             rewards=0 if self.reward is None else 1 + (self.choice is not None and self.sampler is not None),
             chunk=None if self.sampler is None else 8 if self.deterministic and self.chunk is None else size,
@@ -249,10 +252,9 @@ class SteeredPipeline:
             tiny=self.decoder.startswith("tiny"),
         )
         if rehearse is not None:
-            options: dict[str, Any] = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
             particles = self.sampler.particles if self.sampler else 1
             together = prompts if size is None else min(prompts, math.ceil(size / particles))
-            tried = self([rehearse] * together, num_inference_steps=2, seed=0, **options).ledger
+            tried = self([rehearse] * together, num_inference_steps=2, seed=0, **call).ledger
             for stage, count in (("denoiser", "evaluations"), ("decode", "decodes"), ("reward", "reward_calls")):
                 if tried.counts[count]:
                     said.seconds[stage] = tried.seconds[stage] / tried.counts[count] * said.counts[count]

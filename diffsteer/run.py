@@ -95,6 +95,7 @@ def estimate(
     steps: int,
     *,
     guided: bool = False,
+    apart: bool = False,
     decoded: bool = True,
     rewards: int = 1,
     chunk: int | None = None,
@@ -105,7 +106,7 @@ def estimate(
 
     Args:
         steps: T, as the scheduler's grid has them.
-        guided: classifier-free guidance doubles the evaluations.
+        guided: classifier-free guidance doubles the evaluations; `apart`: in two forwards instead of one.
         decoded: samples are decoded before they are scored; `tiny`: by a tiny decoder, but for the last time.
         rewards: 0 without a reward, 1 with one, 2 with another for the final choice.
         chunk: rows in a block. experts: predictions that are mixed for each row.
@@ -113,7 +114,7 @@ def estimate(
     rows, events = (prompts, 1) if sampler is None else (prompts * sampler.particles, len(sampler.schedule(steps)))
     return Ledger(
         evaluations=rows * steps * (1 + guided) * experts,
-        forwards=steps * math.ceil(rows / (chunk or rows)),
+        forwards=steps * math.ceil(rows / (chunk or rows)) * (1 + (guided and apart)),
         decodes=rows * (1 if tiny else events) if decoded else 0,
         tiny_decodes=rows * (events - 1) if decoded and tiny else 0,
         reward_calls=rows * (events * (rewards > 0) + (rewards > 1)),

@@ -15,9 +15,8 @@ from torch import Tensor
 from diffsteer.shapes.models import WEIGHTS
 
 FLOW_STEPS, BATCH = 12_000, 64
-SHIFT = (
-    1.5  # of the scheduler that ships, and of the noise levels in training: places and colours are decided where noise is high
-)
+# Of the scheduler that ships, and of the noise levels in training: places and colours are decided where noise is high.
+SHIFT = 1.5
 OUT, TOKENIZER = WEIGHTS / "sd3", WEIGHTS / "sd" / "tokenizer"
 
 
@@ -25,7 +24,8 @@ OUT, TOKENIZER = WEIGHTS / "sd3", WEIGHTS / "sd" / "tokenizer"
 def stage_encode(work: Path) -> None:
     from diffusers import AutoencoderKL
 
-    vae, images = AutoencoderKL.from_pretrained(WEIGHTS / "sd" / "vae").float().eval(), np.load(work / "images.npy", mmap_mode="r")
+    vae = AutoencoderKL.from_pretrained(WEIGHTS / "sd" / "vae").float().eval()
+    images = np.load(work / "images.npy", mmap_mode="r")
     chunks = [images[i : i + 100] for i in range(0, len(images), 100)]
     z = torch.cat([vae.encode(pixels(c) * 2 - 1).latent_dist.mean for c in chunks])
     print("latent mean", z.mean((0, 2, 3)).tolist(), "std", z.std((0, 2, 3)).tolist())

@@ -190,7 +190,10 @@ def test_image_to_image_pipelines_cut_the_grid(toy_pipeline: Any, name: str) -> 
     image = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     options = {"num_images_per_prompt": 4, "num_inference_steps": 8, "output_type": "latent"}
     out = pipe(PROMPTS, image=image, strength=0.5, generator=torch.Generator().manual_seed(0), **options).images
-    assert out.shape == (8, 4, 8, 8) and bool(out.isfinite().all()) and pipe.scheduler.steering.trace.events
+    assert out.shape == (8, 4, 8, 8) and bool(out.isfinite().all())
+    steering = pipe.scheduler.steering
+    assert [e.done for e in steering.trace.events] == [2, 3, 4], "events at 60 and 80 % of the steps that are taken"
+    assert steering.selection.problem.last_noise == 2, "the last transition but one, of four"
 
 
 def test_saved_pipelines_load_again_with_the_plain_scheduler(toy_pipeline: Any, tmp_path: Any) -> None:

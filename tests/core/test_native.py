@@ -88,6 +88,15 @@ def test_in_one_call_and_in_segments_it_is_the_same(toy_pipeline: Any, name: str
     assert torch.equal(between.latents, inside.latents) and torch.equal(between.log_weights, inside.log_weights)
 
 
+@pytest.mark.parametrize("name", NATIVE)
+def test_it_costs_what_was_said(toy_pipeline: Any, name: str) -> None:
+    """Also with what diffsteer's own transition refuses."""
+    pipe = with_scheduler(toy_pipeline, name, **NATIVE[name], thresholding=True)
+    steered = SteeredPipeline(pipe, FeynmanKac(3, events=2), brightness, transition="native")
+    said = steered.estimate(2, STEPS).counts
+    assert steered(PROMPTS, num_inference_steps=STEPS, seed=0).ledger.counts == said
+
+
 def test_ddim_at_eta_one_is_our_own_transition(toy_pipeline: Any) -> None:
     """The same law (the tests of the transition put the same noise in); here the same clean estimate."""
     native, own = open_session(toy_pipeline), open_session(toy_pipeline, transition="own")

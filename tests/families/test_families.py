@@ -62,15 +62,19 @@ def level_of(samples: Tensor, prompts: object) -> Tensor:
 
 
 @pytest.mark.parametrize("name", CARRIED)
-def test_particles_stay_in_their_group(name: str) -> None:
+def test_particles_stay_in_their_group_and_cost_what_was_said(name: str) -> None:
+    """Other noises of the second prompt change nothing of the first, though everybody is replaced by others on the way."""
     toy = TOYS[name]
     pipe = SteeredPipeline(built(name), FeynmanKac(3, events="all", trigger="always"), level_of, output="all")
-    out = pipe(prompts_of(toy), seed=0, **call_of(toy))
+    out, other = (pipe(prompts_of(toy), seed=0, ids=ids, **call_of(toy)) for ids in ([0, 1], [0, 2]))
+    assert torch.equal(out.samples[0], other.samples[0]) and torch.equal(out.log_weights[0], other.log_weights[0])
+    assert not torch.equal(out.samples[1], other.samples[1])
+    first = torch.stack(out.trace.ancestors)[:, 0]
+    assert bool((first != torch.arange(3)).any()), "somebody must be replaced"
     assert out.samples.shape[:2] == (2, 3) and bool(out.samples.isfinite().all())
-    assert any(bool(e.resampled.any()) for e in out.trace.events)
-    chain = SteeredPipeline(built(name), BestOfN(3), level_of, output="all")(prompts_of(toy), seed=0, **call_of(toy))
-    assert not torch.equal(chain.samples, out.samples)
-    assert (out.rewards.max(1).values >= chain.rewards.min(1).values).all()
+    assert out.ledger.counts == pipe.estimate(2, **call_of(toy)).counts
+    plain = SteeredPipeline(built(name), reward=level_of)
+    assert plain(prompts_of(toy), seed=0, **call_of(toy)).ledger.counts == plain.estimate(2, **call_of(toy)).counts
 
 
 @pytest.mark.parametrize("name", CARRIED)
