@@ -16,7 +16,16 @@ from diffsteer.control import Control
 from diffsteer.decoding import size_of
 from diffsteer.hooks import Watch, guidance_parts, watching
 from diffsteer.levels import native_state
-from diffsteer.pipes import PER_PROMPT, check_call, check_pipeline, decoder_of, denoisers_of, refuse_caches, tiny_decoder_of
+from diffsteer.pipes import (
+    PER_PROMPT,
+    asked_of,
+    check_call,
+    check_pipeline,
+    decoder_of,
+    denoisers_of,
+    refuse_caches,
+    tiny_decoder_of,
+)
 from diffsteer.scheduler import install
 from diffsteer.segments import SegmentControl, frozen, only_latents
 from diffsteer.selection import Selection
@@ -51,6 +60,7 @@ class DiffusersSession(Session):
     ) -> None:
         super().__init__(prompts, **keys)
         self.family, self.native = check_pipeline(pipe), transition == "native"
+        self.makes = self.family.makes
         self._history: dict[int, list[Any]] = {}  # by row: what a native solver remembers of it
         self._remembered: dict[str, Any] = {}  # what it remembers of all
         call = recommended(pipe) | (call or {})
@@ -122,7 +132,8 @@ class DiffusersSession(Session):
         except UnboundLocalError:  # a pipeline that returns what only a step makes
             pass
         except (TypeError, ValueError) as error:
-            raise DiffsteerError(f"{type(self.user.scheduler).__name__} in {type(self.user).__name__}: {error}") from error
+            name = f"{type(self.user).__name__} with {type(self.user.scheduler).__name__}"
+            raise DiffsteerError(f"{name}: {error}") from error
         finally:
             if prepare is not None:
                 del self.shadow.prepare_latents
@@ -254,8 +265,7 @@ class DiffusersSession(Session):
         """Of a call of the pipeline for these rows."""
         prompts = [r // self.particles for r in rows for _ in self.experts]
         call = {**self.call, **self._grid_call, **{name: [values[p] for p in prompts] for name, values in self.each.items()}}
-        texts = self.texts_of(rows)
-        call[self.family.prompt] = len(texts) if self.family.prompt == "batch_size" else texts
+        call |= asked_of(self.user, self.texts_of(rows))
         # our transition draws by key; first states that the pipeline draws itself, and a user's own stochastic step, come from
         # these, a stream for each row
         call["generator"] = [rng.generator(self.seed, *self.key(r), start, "native") for r in rows for _ in self.experts]

@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffsteer import media
 from diffsteer.sheet import sheet
 from diffsteer.types import DiffsteerError, Info
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from diffsteer.pipeline import SteeredPipeline
     from diffsteer.run import SteeredOutput
 
@@ -31,16 +30,16 @@ _COUNTS = ("evaluations", "decodes", "tiny_decodes", "reward_calls")
 
 @dataclass(frozen=True)
 class Item:
-    """A prompt to do. `id` keys its randomness; `index`, its place in the list, names its image."""
+    """A prompt to do. `id` keys its randomness; `index`, its place in the list, names what is made of it."""
 
     index: int
     id: int | str
     prompt: str
 
     @property
-    def image(self) -> str:
-        """Its image, relative to the folder of results."""
-        return f"images/{self.index:03d}.png"
+    def name(self) -> str:
+        """The name of its image (video, sound), without ending and folder."""
+        return f"{self.index:03d}"
 
 
 def as_items(prompts: Sequence[str]) -> list[Item]:
@@ -122,10 +121,11 @@ class Folder:
             if entry["settings"] != self.settings_hash:
                 raise DiffsteerError(f"{manifest} was made with other settings; choose another out=")
             item = prompts.get(entry["id"])
-            if item is not None and (item.prompt, item.image) != (entry["prompt"], entry["image"]):
+            name = Path(entry["image"]).stem
+            if item is not None and (item.prompt, item.name) != (entry["prompt"], name):
                 said = f"{entry['prompt']!r} under the id {item.id!r}"
                 raise DiffsteerError(f"{manifest} has {said}, and this run something else; choose another out=")
-            if item is None and entry["image"] in [i.image for i in self.items]:
+            if item is None and name in [i.name for i in self.items]:
                 raise DiffsteerError(f"{manifest} has {entry['image']} for the id {entry['id']!r}; choose another out=")
             images = [entry["image"], *(p["image"] for p in entry.get("particles", []))]
             if all((self.path / image).is_file() for image in images):
@@ -141,24 +141,31 @@ class Folder:
         per, images = out.rewards.shape[1], out.images or []
         counted = out.ledger.counts
         counts = {name: counted[name] // len(items) for name in _COUNTS if counted[name] or name != "tiny_decodes"}
-        (self.path / "images").mkdir(parents=True, exist_ok=True)
+        folder, suffix = media.kind(images[0])
+        (self.path / folder).mkdir(parents=True, exist_ok=True)
         lines = []
         for p, item in enumerate(items):
-            chosen = int(out.chosen[p])
+            chosen, stem = int(out.chosen[p]), f"{folder}/{item.name}"
             pairs = zip(out.rewards[p], out.log_weights[p], strict=True)
             facts = [{"reward": _number(r), "log_weight": _number(w)} for r, w in pairs]
-            entry: dict[str, Any] = {"id": item.id, "prompt": item.prompt, "seed": seed, "image": item.image, **facts[chosen]}
+            entry: dict[str, Any] = {
+                "id": item.id,
+                "prompt": item.prompt,
+                "seed": seed,
+                "image": stem + suffix,
+                **facts[chosen],
+            }
             exponent = _number(out.trace.events[-1].exponent[p]) if out.trace.events else None
             entry |= {"log_z": _number(out.log_z[p]), "exponent": exponent}
             entry |= {"ledger": counts, "settings": self.settings_hash}
             if output == "all" and len(images) == len(items) * per:
-                names = [f"{item.image.removesuffix('.png')}_{k:02d}.png" for k in range(per)]
+                names = [f"{stem}_{k:02d}{suffix}" for k in range(per)]
                 for k, name in enumerate(names):
                     _save(images[p * per + k], self.path / name)
                 entry["particles"] = [{"image": name, **fact} for name, fact in zip(names, facts, strict=True)]
-                _save(images[p * per + chosen], self.path / item.image)
+                _save(images[p * per + chosen], self.path / entry["image"])
             else:
-                _save(images[p], self.path / item.image)
+                _save(images[p], self.path / entry["image"])
             self.entries[item.id] = entry
             lines.append(entry)
         _append(self.path / MANIFEST, lines)
@@ -174,7 +181,7 @@ class Folder:
         if not (self.path / MANIFEST).is_file() or (self.path / MANIFEST).read_text(encoding="utf-8") != text:
             with _replacing(self.path / MANIFEST) as part:
                 part.write_text(text, encoding="utf-8")
-        shown = [self.entries[id] for id in asked[:SHOWN]]
+        shown = [e for e in (self.entries[id] for id in asked[:SHOWN]) if not e["image"].endswith(".wav")]
         sheet([[self.path / e["image"] for e in shown]], [e["prompt"] for e in shown], self.path / GRID)
 
 
@@ -251,9 +258,9 @@ def _replacing(path: Path) -> Iterator[Path]:
     os.replace(part, path)
 
 
-def _save(image: Image, path: Path) -> None:
+def _save(made: Any, path: Path) -> None:
     with _replacing(path) as part:
-        image.save(part, format="PNG")
+        media.save(made, part)
 
 
 def _append(path: Path, entries: Sequence[dict[str, Any]]) -> None:

@@ -20,6 +20,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from diffsteer import __version__
+from diffsteer.fingerprint import fingerprints
 from diffsteer.registry import KINDS, find, nearest, registered
 from diffsteer.types import DiffsteerError
 
@@ -52,6 +53,7 @@ class Config:
         decoder: full | tiny | tiny:PATH, what the reward sees on the way. transition: own | native. noise: eta | quadratic.
         batch: prompts at a time. chunk: rows in the network at a time, None for all, "auto" for as many as fit.
         deterministic: bits that depend neither on `batch` nor on what was done before.
+        call: further arguments of the pipeline's call, such as call.height=512.
         device: None for the accelerator if there is one.
     """
 
@@ -72,6 +74,7 @@ class Config:
     batch: int = 1
     chunk: Any = None
     deterministic: bool = False
+    call: dict[str, Any] = field(default_factory=dict)
     device: str | None = None
 
 
@@ -127,11 +130,14 @@ def build(kind: str, config: DictConfig) -> Any:
 
 
 def settings(config: DictConfig, **more: Any) -> tuple[dict[str, Any], str]:
-    """Everything that decides a prompt's result, and its SHA-256."""
+    """Everything that decides a prompt's result, files that the model, the reward and the decoder name among it, and its
+    SHA-256."""
     values = OmegaConf.to_container(config, resolve=True)
     assert isinstance(values, dict)
     left_out = _WITHOUT_EFFECT if config.deterministic else (*_WITHOUT_EFFECT, "chunk")
-    kept = {str(k): v for k, v in values.items() if k not in left_out} | {"version": __version__} | more
+    named = {key: values[key] for key in ("model", "reward", "decoder") if config.get(key) is not None}
+    files = fingerprints(named, Path(config.out))
+    kept = {str(k): v for k, v in values.items() if k not in left_out} | {"version": __version__, "files": files} | more
     return kept, hashlib.sha256(json.dumps(kept, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
@@ -151,6 +157,8 @@ def for_hydra(argv: list[str]) -> list[str]:
         key, equals, value = arg.partition("=")
         if arg.startswith("-"):
             rewritten.append(arg)
+        elif key.startswith("call."):
+            rewritten.append(f"++{arg}")  # any key may stand there
         elif equals and key == "out" and not value:
             raise DiffsteerError("out= names no folder")
         elif equals and key.lstrip("+") in VERBATIM:

@@ -132,9 +132,14 @@ def packed_video(pipe: Any, size: Size, z: Tensor) -> Tensor:
     return unit_range(vae.decode(z, None, return_dict=False)[0]).transpose(1, 2)
 
 
+def rate_of(pipe: Any) -> int:
+    """Of a pipeline's sound, in samples a second: its vocoder's, or its autoencoder's."""
+    return int((getattr(pipe, "vocoder", None) or pipe.vae).config.sampling_rate)
+
+
 def sound(pipe: Any, size: Size, z: Tensor) -> Tensor:
     """Stable Audio: (N, C, T) to the seconds that were asked for, (N, channels, samples) in [-1, 1]."""
-    rate = pipe.vae.config.sampling_rate
+    rate = rate_of(pipe)
     end = size.end
     if end is None:
         end = pipe.transformer.config.sample_size * pipe.vae.hop_length / rate
@@ -145,7 +150,7 @@ def sound(pipe: Any, size: Size, z: Tensor) -> Tensor:
 def spectrogram(pipe: Any, size: Size, z: Tensor) -> Tensor:
     """AudioLDM 2: latents of a spectrogram, which a vocoder makes heard: (N, 1, samples)."""
     mel = pipe.vae.decode(z / pipe.vae.config.scaling_factor).sample
-    rate = pipe.vocoder.config.sampling_rate
+    rate = rate_of(pipe)
     wave: Tensor = pipe.vocoder(mel.squeeze(1) if mel.ndim == 4 else mel)
     end = size.end
     if end is None:

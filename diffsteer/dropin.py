@@ -16,6 +16,7 @@ from diffsteer import rng
 from diffsteer.algebra import noise_std
 from diffsteer.blocks import Blocks, Size, check_size
 from diffsteer.control import Control
+from diffsteer.families import family_of
 from diffsteer.ledger import Ledger
 from diffsteer.particles import reindex
 from diffsteer.reward import Reward, RewardFunction, as_reward
@@ -96,7 +97,8 @@ class Steering(Control):
         seen = "latents" if self.decode is None else "pixels"
         self.reward = None if reward is None else as_reward(reward, seen)
         self.choice = None if choice is None else as_reward(choice, seen)
-        check_inputs(self.decode is not None, self.reward, self.choice)
+        made = family_of(decoder)
+        check_inputs(self.decode is not None, self.reward, self.choice, makes=made.makes if made else "")
         check_size(chunk)
         self.chunk = chunk
         self.selection: Selection | None = None

@@ -25,7 +25,7 @@ class Family:
     """The facts of a class.
 
     Attributes:
-        layout: the decoder of its latents.
+        layout: the decoder of its latents. makes: "images", "video" or "sound".
         no_reentry: why a run cannot be cut into calls; "" where it can. Without re-entry all particles run in one call,
             selection happening inside `step`, and there are no gradients.
         takes_latents: the first states enter as ``latents=``; else they are drawn by the pipeline from a keyed generator a row.
@@ -40,6 +40,7 @@ class Family:
     """
 
     layout: Layout
+    makes: str = "images"
     no_reentry: str = ""
     takes_latents: bool = True
     enter: Callable[[Any, Size, Tensor], Tensor] = as_it_is
@@ -76,14 +77,14 @@ FAMILIES: dict[str, Family] = {
     "HunyuanDiTPipeline": Family(decoding.image),
     "Lumina2Pipeline": Family(decoding.image, apart=True),
     "AuraFlowPipeline": Family(decoding.image),
-    "AnimateDiffPipeline": Family(decoding.video_by_image, tiny="madebyollin/taesd"),
-    "WanPipeline": Family(decoding.video, apart=True),
-    "CogVideoXPipeline": Family(decoding.frames_first),
-    "LTXPipeline": Family(decoding.packed_video),
-    "LTX2Pipeline": Family(decoding.packed_video, no_reentry=SECOND_STREAM, returns_states=False),
-    "HunyuanVideoPipeline": Family(decoding.scaled_video, guidance="true_cfg_scale", apart=True),
-    "StableAudioPipeline": Family(decoding.sound),
-    "AudioLDM2Pipeline": Family(decoding.spectrogram, together=True),
+    "AnimateDiffPipeline": Family(decoding.video_by_image, makes="video", tiny="madebyollin/taesd"),
+    "WanPipeline": Family(decoding.video, makes="video", apart=True),
+    "CogVideoXPipeline": Family(decoding.frames_first, makes="video"),
+    "LTXPipeline": Family(decoding.packed_video, makes="video"),
+    "LTX2Pipeline": Family(decoding.packed_video, makes="video", no_reentry=SECOND_STREAM, returns_states=False),
+    "HunyuanVideoPipeline": Family(decoding.scaled_video, makes="video", guidance="true_cfg_scale", apart=True),
+    "StableAudioPipeline": Family(decoding.sound, makes="sound"),
+    "AudioLDM2Pipeline": Family(decoding.spectrogram, makes="sound", together=True),
     "DDPMPipeline": Family(
         decoding.pixels, no_reentry=NO_LATENTS, takes_latents=False, prompt="batch_size", guidance="", returns_states=False
     ),

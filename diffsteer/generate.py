@@ -67,7 +67,9 @@ def generate_folder(config: DictConfig, out: Path, shown: str) -> None:
     if demo:
         _show_demo({name: f for name, (f, _) in runs.items()})
     before = f"; {kept} of them were there already" if kept else ""
-    print(f"{len(items)} image{'s' * (len(items) > 1)}, {GRID} and {MANIFEST} in {shown}{before}")
+    made = Path(folder.entries[items[0].id]["image"]).parts[0].removesuffix("s")
+    sheets = f", {GRID}" if made != "sound" else ""
+    print(f"{len(items)} {made}{'s' * (len(items) > 1)}{sheets} and {MANIFEST} in {shown}{before}")
 
 
 def _check(config: DictConfig) -> bool:
@@ -154,7 +156,7 @@ def _fill(folder: Folder, config: DictConfig, pipe: Any, sampler: Sampler | None
     names = ("output", "decoder", "transition", "noise", "chunk", "deterministic")
     steered = SteeredPipeline(pipe, sampler, reward, **{name: config[name] for name in names})
     prompts, particles = len(folder.missing), sampler.particles if sampler else 1
-    call = {} if config.guidance_scale is None else {"guidance_scale": config.guidance_scale}
+    call = dict(config.call) | ({} if config.guidance_scale is None else {"guidance_scale": config.guidance_scale})
     cost = steered.estimate(prompts, config.num_inference_steps, negative_prompt=config.negative_prompt, **call)
     tiny = f" and {cost.tiny_decodes} tiny ones" if cost.tiny_decodes else ""
     what = f"{cost.evaluations} evaluations, {cost.decodes} decodes{tiny}, {cost.reward_calls} reward calls"

@@ -275,23 +275,22 @@ class SteeredPipeline:
         if isinstance(self.pipe, CallableModel):
             raise UnsupportedError("a CallableModel has no sampler of its own; BestOfN(particles=1, eta=0) is the plain ODE")
         from diffsteer.hooks import Watch, watching
-        from diffsteer.pipes import as_images, check_call, check_pipeline, decoder_of, denoisers_of
+        from diffsteer.pipes import as_images, asked_of, check_call, check_pipeline, decoder_of, denoisers_of
         from diffsteer.scheduler import install
         from diffsteer.segments import Record
         from diffsteer.shapes.models import is_embedded, recommended
 
-        check_pipeline(self.pipe)
+        family = check_pipeline(self.pipe)
         check_call(self.pipe, call)
         ledger, started = Ledger().open(), time.perf_counter()
         embedded = is_embedded(self.pipe)
-        check_inputs(self.decoder != "none", self.reward, self.choice)
+        check_inputs(self.decoder != "none", self.reward, self.choice, makes=family.makes)
         for reward in (self.reward, self.choice):
             if reward is not None:
                 reward.prepare(asked, Context(embedded=embedded))
         shadow = copy.copy(self.pipe)
-        family = check_pipeline(self.pipe)
         call = recommended(self.pipe) | call
-        asking: dict[str, Any] = {family.prompt: len(prompts) if family.prompt == "batch_size" else prompts}
+        asking = asked_of(self.pipe, prompts)
         if negative_prompt is not None:
             asking["negative_prompt"] = (
                 [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt

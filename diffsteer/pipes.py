@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,9 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
-from diffsteer.decoding import size_of
+from diffsteer.decoding import rate_of, size_of
 from diffsteer.families import FAMILIES, Family, family_of
+from diffsteer.media import Sound
 from diffsteer.shapes.models import MODELS, is_embedded
 from diffsteer.types import DiffsteerError, UnsupportedError
 
@@ -83,6 +84,38 @@ def check_call(pipe: Any, call: dict[str, Any]) -> None:
             raise DiffsteerError(f"{type(pipe).__name__} takes no argument {name!r}{hint}")
         if name in _OWN | _PER_ROW:
             raise DiffsteerError(f"the argument {name!r} of {type(pipe).__name__} cannot be given to a steered run")
+
+
+def class_labels(pipe: Any, prompts: Sequence[Any]) -> list[int]:
+    """The numbers of classes that are given as numbers, in digits or by one of the names that the pipeline knows them by.
+
+    Raises:
+        DiffsteerError: no such class, and the nearest.
+    """
+    known = getattr(pipe, "labels", {})
+
+    def number(prompt: Any) -> int:
+        if isinstance(prompt, int) or str(prompt).isdecimal():
+            return int(prompt)
+        if prompt not in known:
+            near = difflib.get_close_matches(str(prompt), known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise DiffsteerError(f"{type(pipe).__name__} draws classes, by number or by name, and knows no {prompt!r}{hint}")
+        return int(known[prompt])
+
+    return [number(prompt) for prompt in prompts]
+
+
+def asked_of(pipe: Any, prompts: Sequence[Any]) -> dict[str, Any]:
+    """Prompts as the argument of the pipeline's call that they enter by.
+
+    Raises:
+        DiffsteerError: see `class_labels`.
+    """
+    name = check_pipeline(pipe).prompt
+    if name == "batch_size":
+        return {name: len(prompts)}
+    return {name: class_labels(pipe, prompts) if name == "class_labels" else list(prompts)}
 
 
 def quiet() -> None:
@@ -164,13 +197,13 @@ def tiny_decoder_of(pipe: Any, where: str = "", **call: Any) -> Callable[[Tensor
     return partial(tiny_layout(pipe, check_pipeline(pipe), where), pipe, size_of(pipe, call))
 
 
-def as_images(pipe: Any, samples: Tensor) -> list[Any] | None:
+def as_images(pipe: Any, samples: Tensor) -> list[Any]:
     """Samples (N, 3, H, W) in [0, 1] to PIL images, rounded as diffusers rounds; blacked out where a safety checker says so.
-    Of a video (N, F, 3, H, W) a list of its frames; None for sound."""
+    Of a video (N, F, 3, H, W) a list of its frames; of a sound (N, channels, T) a `Sound`."""
     from diffusers.image_processor import VaeImageProcessor
 
     if samples.ndim == 3:
-        return None
+        return [Sound(wave, rate_of(pipe)) for wave in samples]
     if samples.ndim == 5:
         return [as_images(pipe, frames) for frames in samples]
     if getattr(pipe, "safety_checker", None) is not None:

@@ -19,6 +19,7 @@ class Reward:
     Attributes:
         name: as in the registry.
         input: "pixels", (N, 3, H, W) in [0, 1], or "latents", what the model denoises (with ``decoder="none"``).
+        modality: "image": it scores a video by the mean over its frames, and refuses sound. "any": it is shown what there is.
         range: what scores lie between.
         higher_is_better: always so; a quantity to be lowered is scored by its negative.
         differentiable: autograd reaches the samples. deterministic: equal samples get equal scores.
@@ -28,6 +29,7 @@ class Reward:
 
     name: ClassVar[str] = "reward"
     input: ClassVar[str] = "pixels"
+    modality: ClassVar[str] = "image"
     range: ClassVar[tuple[float, float]] = (float("-inf"), float("inf"))
     higher_is_better: ClassVar[bool] = True
     differentiable: ClassVar[bool] = False
@@ -42,6 +44,13 @@ class Reward:
     def score(self, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
         """Score samples (N, ...), one prompt each. Returns (N,) float32. NaN loses."""
         raise TypeError(f"{type(self).__name__} does not define score(samples, prompts, ctx)")
+
+    def judge(self, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
+        """`score`; of a video (N, F, 3, H, W), where the reward is one of images, the mean over its frames."""
+        if samples.ndim != 5 or self.modality != "image" or self.input != "pixels":
+            return self.score(samples, prompts, ctx)
+        frames = samples.shape[1]
+        return self.score(samples.flatten(0, 1), [p for p in prompts for _ in range(frames)], ctx).view(-1, frames).mean(1)
 
     def __add__(self, other: Reward | RewardFunction) -> Reward:
         return WeightedSum([*_terms(self), *_terms(as_reward(other, self.input))])
@@ -73,6 +82,7 @@ class WeightedSum(Reward):
         self.__dict__.update(
             name=" + ".join(f"{w:g}*{r.name}" for w, r in self.terms),
             input=inputs.pop(),
+            modality="any",
             differentiable=all(r.differentiable for r in rewards),
             deterministic=all(r.deterministic for r in rewards),
             needs_prompt=any(r.needs_prompt for r in rewards),
@@ -84,7 +94,7 @@ class WeightedSum(Reward):
 
     def score(self, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
         """The weighted sum of the terms' scores, (N,)."""
-        return torch.stack([w * r.score(samples, prompts, ctx) for w, r in self.terms]).sum(0)
+        return torch.stack([w * r.judge(samples, prompts, ctx) for w, r in self.terms]).sum(0)
 
 
 class FunctionReward(Reward):
@@ -92,7 +102,9 @@ class FunctionReward(Reward):
 
     def __init__(self, function: RewardFunction, input: str = "pixels") -> None:
         self.function = function
-        self.__dict__.update(name=getattr(function, "__name__", type(function).__name__), input=input, needs_prompt=True)
+        self.__dict__.update(
+            name=getattr(function, "__name__", type(function).__name__), input=input, modality="any", needs_prompt=True
+        )
 
     def score(self, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
         """What the function returns, as (N,) float32."""
@@ -110,6 +122,11 @@ def as_reward(reward: Reward | RewardFunction, input: str = "pixels") -> Reward:
     if isinstance(reward, type) or not callable(reward):
         raise TypeError(f"a reward is a Reward object or a callable r(samples, prompts) -> (N,), not {reward!r}")
     return FunctionReward(reward, input)
+
+
+def scores_images(reward: Reward) -> bool:
+    """Is it, or one of the terms of a sum, a reward of images alone?"""
+    return any(r.modality == "image" and r.input == "pixels" for _, r in _terms(reward))
 
 
 def _terms(reward: Reward) -> list[tuple[float, Reward]]:

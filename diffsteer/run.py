@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffsteer import media
 from diffsteer.ledger import Ledger
 from diffsteer.reward import Reward
 from diffsteer.selection import Scorer, Selection, check_inputs, choose
@@ -33,8 +34,8 @@ class SteeredOutput:
         log_weights: (P, K), summing to one in each group: together with `samples` the estimate of the target.
         log_z: (P,), log of the mean potential.
         chosen: the particle chosen for each prompt, (P,).
-        images: PIL images, one a prompt, or with output="all" all of them, prompt-major; a video is a list of frames; None
-            where samples are neither.
+        images: PIL images, one a prompt, or with output="all" all of them, prompt-major; a video is a list of frames, a sound a
+            `diffsteer.media.Sound`. None where nothing is decoded.
         trace, ledger: events, and cost.
     """
 
@@ -50,14 +51,11 @@ class SteeredOutput:
     ledger: Ledger
 
     def save(self, folder: str | Path) -> Path:
-        """Write images, weights and trace into a folder (made if missing), and return it."""
+        """Write images (or videos, or sounds), weights and trace into a folder (made if missing), and return it."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for i, image in enumerate(self.images or []):
-            if isinstance(image, list):  # the frames of a video
-                image[0].save(folder / f"{i:03d}.gif", save_all=True, append_images=image[1:], duration=125, loop=0)
-            else:
-                image.save(folder / f"{i:03d}.png")
+        for i, made in enumerate(self.images or []):
+            media.save(made, folder / f"{i:03d}{media.kind(made)[1]}")
         torch.save({"samples": self.samples, "latents": self.latents, "log_weights": self.log_weights}, folder / "particles.pt")
         record = {
             "prompts": self.prompts,
@@ -148,7 +146,7 @@ def run(
         raise DiffsteerError(f"output={output!r} is unknown; valid: {', '.join(OUTPUTS)}")
     ledger, started = session.ledger, time.perf_counter()
     texts = session.prompts if asked is None else list(asked)
-    check_inputs(session.decoder is not None, reward, choice)
+    check_inputs(session.decoder is not None, reward, choice, makes=session.makes)
     for r in (reward, choice):
         if r is not None:
             r.prepare(texts, Context(0, session.steps, session.embedded))

@@ -11,15 +11,18 @@ from torch import Tensor
 from diffsteer.blocks import Blocks
 from diffsteer.ledger import Ledger
 from diffsteer.particles import reindex
-from diffsteer.reward import Reward
+from diffsteer.reward import Reward, scores_images
 from diffsteer.rng import generator
 from diffsteer.types import Context, DiffsteerError, Info, Problem, RewardError, Sampler, Step, Trace
 
 Decode = Callable[[Tensor], Tensor]
 
 
-def check_inputs(decoded: bool, *rewards: Reward | None) -> None:
+def check_inputs(decoded: bool, *rewards: Reward | None, makes: str = "") -> None:
     """Refuse rewards that would be shown something else than they look at.
+
+    Args:
+        makes: of a pipeline: "images", "video" or "sound".
 
     Raises:
         DiffsteerError: with the reward's name, and what it would be shown.
@@ -28,6 +31,8 @@ def check_inputs(decoded: bool, *rewards: Reward | None) -> None:
         if reward is not None and reward.input != ("pixels" if decoded else "latents"):
             shown = "decoded samples" if decoded else "latents"
             raise DiffsteerError(f"the reward {reward.name} looks at {reward.input}, but this decoder gives it {shown}")
+        if reward is not None and makes == "sound" and decoded and scores_images(reward):
+            raise DiffsteerError(f"the reward {reward.name} looks at images, but this pipeline makes sound")
 
 
 class Scorer:
@@ -151,7 +156,7 @@ def choose(output: str, rewards: Tensor, log_weights: Tensor, seed: int, ids: Se
 
 def _score(reward: Reward, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
     try:
-        scores = torch.as_tensor(reward.score(samples, prompts, ctx))
+        scores = torch.as_tensor(reward.judge(samples, prompts, ctx))
     except DiffsteerError:
         raise
     except Exception as error:
@@ -171,7 +176,7 @@ def _score(reward: Reward, samples: Tensor, prompts: Sequence[str], ctx: Context
 
 def _raises(reward: Reward, sample: Tensor, prompt: str, ctx: Context) -> bool:
     try:
-        reward.score(sample[None], [prompt], ctx)
+        reward.judge(sample[None], [prompt], ctx)
     except Exception:
         return True
     return False

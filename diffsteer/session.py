@@ -50,6 +50,7 @@ class Session(ABC):
 
     Attributes:
         steps: T. levels: T + 1 of them, from noise to clean. shape: of one row.
+        makes: "images", "video" or "sound", where that is known.
     """
 
     steps: int
@@ -59,6 +60,7 @@ class Session(ABC):
     native = False
     tiny_decoder: Callable[[Tensor], Tensor] | None = None
     embedded: bool = False
+    makes: str = ""
 
     def __init__(
         self,

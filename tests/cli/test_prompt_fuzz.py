@@ -20,8 +20,8 @@ from diffsteer.config import as_yaml, for_hydra, register_schemas
 EXAMPLES = [
     "", " ", "  two  blanks ", "${oc.env:HOME}", "\\${x}", "\\\\${x}", "${", "$", "}", "${a}'${b}\\", "a,b", "a, b", "x=(1)",
     "f(x)", "[a]", "{a: b}", "'", '"', "it's", "\\", "\\\\", "\\'", "a\\", "'a'", '"a"', "null", "true", "3", "~", "???",
-    "???x", "a:b", "#", "%", "*", "é", "日本", "\u2028", "a\x85\\${b}1", "🔴", "\t", "choice(a,b)", "range(1,5)", "+a", "--help",
-    "prompt=a",
+    "???x", "a:b", "#", "%", "*", "é", "日本", "\u2028", "a\x85\\${b}1", "🔴", "\t", "choice(a,b)", "range(1,5)", "+a",
+    "--help", "prompt=a",
 ]  # fmt: skip
 # The pieces that mean something to Hydra or OmegaConf, so that they meet often.
 HARD = st.lists(st.sampled_from(["${", "}", "\\", "'", '"', ",", "=", "(", ")", "$", "{", "a", " ", "é"])).map("".join)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from diffsteer.fingerprint import fingerprint, fingerprints
 from diffsteer.rewards import Compressibility
 
 PROMPTS = "a red star\na ring, a star\n  two (circles)\n"
@@ -100,6 +101,50 @@ def test_other_settings_are_refused(other: str, generate: Any, prompts: str, tmp
         and result.err.count("\n") == 1
     )
     assert bytes_of(tmp_path / "o") | {"c": (tmp_path / "o/.hydra/config.yaml").read_bytes()} == before
+
+
+def test_other_weights_under_the_same_name_are_other_settings(
+    command: Any, toy_folder: Path, prompts: str, tmp_path: Path
+) -> None:
+    shutil.copytree(toy_folder, tmp_path / "mine")
+    small = ("reward=compressibility", "num_inference_steps=4", "sampler.particles=2")
+    assert command("generate", prompts, "out=o", "model=./mine", *small).code == 0
+    shutil.move(tmp_path / "mine", tmp_path / "old")
+    shutil.copytree(tmp_path / "old", tmp_path / "mine")  # the same weights in new files
+    assert command("generate", prompts, "out=o", "model=./mine", *small).code == 0
+    weights = next((tmp_path / "mine/unet").glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    refused = command("generate", prompts, "out=o", "model=./mine", *small)
+    assert refused.code == 2 and "other settings" in refused.err
+
+
+def test_a_folder_of_results_may_be_called_like_a_setting(command: Any, toy_folder: Path, prompts: str) -> None:
+    small = (f"model={toy_folder}", "reward=compressibility", "num_inference_steps=4", "sampler.particles=2")
+    for name in ("compressibility", "full"):
+        assert command("generate", "prompt=a red star", f"out={name}", *small).code == 0
+        assert command("generate", prompts, f"out={name}", *small).code == 0
+
+
+def test_fingerprints_see_names_sizes_and_contents_of_large_files_too(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(3_000_000))
+    seen = {fingerprint(file), fingerprint(tmp_path)}
+    for at in (0, 2_999_999):
+        data = bytearray(3_000_000)
+        data[at] = 1
+        file.write_bytes(data)
+        seen.add(fingerprint(tmp_path))
+    file.write_bytes(bytes(3_000_001))
+    seen.add(fingerprint(tmp_path))
+    file.rename(tmp_path / "other")
+    seen.add(fingerprint(tmp_path))
+    (tmp_path / ".hidden").write_text("x")
+    assert fingerprint(tmp_path) in seen and len(seen) == 6
+    named = {"a": {"b": f"local-dir:{tmp_path}", "c": "nowhere", "d": None}, "e": "x" * 5000, "f": "a\0b"}
+    assert fingerprints(named, Path("o")) == {"a.b": fingerprint(tmp_path)}
+    assert fingerprints(named, tmp_path / "o") == {}, "a folder of results lies in it, and changes"
 
 
 def test_other_prompts_are_refused_more_prompts_are_not(generate: Any, manifest: Any, prompts: str, tmp_path: Path) -> None:

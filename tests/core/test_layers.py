@@ -19,7 +19,7 @@ PLUGINS = sorted([*(ROOT / "samplers").glob("*.py"), *(ROOT / "rewards").glob("*
 # what a lower floor may not know; later names may import earlier ones only
 FLOORS = [
     ["rng", "algebra", "ledger", "types"],
-    ["blocks"],
+    ["blocks", "media", "fingerprint"],
     ["levels", "events", "particles", "resampling", "reward", "hooks", "decoding", "conditions"],
     ["families"],
     ["tiny"],

@@ -181,7 +181,8 @@ def table() -> str:
             continue
         family = FAMILIES[name]
         cut = f"no: {family.no_reentry}" if family.no_reentry else "yes"
-        lines.append(f"| {name} | {kinds[TOYS[name].output]} | yes | {cut} | {family.tiny or 'none'} |")
+        assert family.makes == kinds[TOYS[name].output]
+        lines.append(f"| {name} | {family.makes} | yes | {cut} | {family.tiny or 'none'} |")
     return "\n".join(lines)
 
 

@@ -465,7 +465,12 @@ def dit() -> Any:
     transformer = DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, sample_size=8
     )
-    return DiTPipeline(transformer=transformer, vae=parts.autoencoder_kl(), scheduler=DDIMScheduler(clip_sample=False))
+    return DiTPipeline(
+        transformer=transformer,
+        vae=parts.autoencoder_kl(),
+        scheduler=DDIMScheduler(clip_sample=False),
+        id2label={1: "a red circle, a circle", 2: "a blue square"},
+    )
 
 
 # ---- video
@@ -742,6 +747,7 @@ def audioldm2() -> Any:
 
     tokenizer, tokenizer_2 = parts.roberta_tokenizer(), parts.t5_tokenizer()
     unet = AudioLDM2UNet2DConditionModel(
+        sample_size=6,
         block_out_channels=(8, 16),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -822,6 +828,9 @@ TOYS: dict[str, Toy] = {
         audioldm2,
         {"num_inference_steps": 5, "guidance_scale": 3.0, "audio_length_in_s": 0.4, "max_new_tokens": 5},
         output="audios",
+    ),
+    "AudioLDM2Pipeline of its own length": Toy(
+        audioldm2, {"num_inference_steps": 5, "guidance_scale": 3.0, "max_new_tokens": 5}, output="audios"
     ),
     "StableDiffusionControlNetPipeline": Toy(
         stable_diffusion_controlnet,
