@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from diffsteer.dropin import steered as steered
     from diffsteer.pipeline import SteeredPipeline as SteeredPipeline
     from diffsteer.pipeline import load_pipeline as load_pipeline
+    from diffsteer.pipes import decoder_of as decoder_of
     from diffsteer.reward import Reward as Reward
     from diffsteer.run import SteeredOutput as SteeredOutput
     from diffsteer.types import DiffsteerError as DiffsteerError
@@ -25,6 +26,7 @@ _HOMES = {
     "CallableModel": "diffsteer.callable",
     "steered": "diffsteer.dropin",
     "SteeredPipeline": "diffsteer.pipeline",
+    "decoder_of": "diffsteer.pipes",
     "load_pipeline": "diffsteer.pipeline",
     "Reward": "diffsteer.reward",
     "SteeredOutput": "diffsteer.run",

@@ -23,6 +23,7 @@ from diffsteer.pipes import (
     check_pipeline,
     decoder_of,
     denoisers_of,
+    is_offloaded,
     refuse_caches,
     tiny_decoder_of,
 )
@@ -255,10 +256,10 @@ class DiffusersSession(Session):
         name = type(self.user).__name__
         if self.family.no_reentry:
             raise UnsupportedError(f"{name} gives no gradients: {self.family.no_reentry}")
-        if any(getattr(m, "_hf_hook", None) is not None for m in self._modules):
+        if any(is_offloaded(m) for m in self._modules):
             raise UnsupportedError(
-                f"{name} is offloaded, which moves weights away before the backward pass needs them: "
-                "for gradients load it without enable_model_cpu_offload or enable_sequential_cpu_offload"
+                f"{name} is offloaded, which moves weights away before the backward pass needs them: for gradients load it "
+                "without enable_model_cpu_offload, enable_sequential_cpu_offload or enable_group_offload"
             )
 
     def _arguments(self, rows: Sequence[int], start: int) -> dict[str, Any]:

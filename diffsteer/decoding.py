@@ -89,7 +89,8 @@ def packed_video_vae(pipe: Any, size: Size, z: Tensor) -> Tensor:
 
 def unpacked(pipe: Any, size: Size, z: Tensor) -> Tensor:
     """Flux 2's (N, h w, 4 C) as (N, 4 C, h, w), each place a square of 2 x 2."""
-    return z.permute(0, 2, 1).reshape(len(z), z.shape[2], size.height // (2 * pipe.vae_scale_factor), -1)
+    tall, wide = (side // (2 * pipe.vae_scale_factor) for side in (size.height, size.width))
+    return z.permute(0, 2, 1).reshape(len(z), z.shape[2], tall, wide)
 
 
 def patched(pipe: Any, size: Size, z: Tensor) -> Tensor:

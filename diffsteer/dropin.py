@@ -51,7 +51,9 @@ def steered(
         scheduler: the pipeline's own; it is copied, not changed.
         sampler: a method of `diffsteer.samplers`; None gives a scheduler that only delegates.
         reward, choice, output: as for `SteeredPipeline`.
-        decoder: the pipeline, whose VAE then decodes; a callable latents -> samples; or "none" to score latents.
+        decoder: the pipeline, whose VAE then decodes; a callable latents -> samples; or "none" to score latents. Packed latents
+            (Flux, Qwen-Image, LTX) do not tell their height and width: where these are not the pipeline's default, give
+            ``decoder_of(pipe, height=..., width=...)``; so with the seconds of sounds.
         prompts: P prompts, since `step` never sees them.
         ids: one a prompt; default: its index.
         chunk: at most so many rows in the decoder and the reward at a time.
@@ -181,7 +183,21 @@ def _decoder(decoder: Any) -> tuple[Callable[[Tensor], Tensor] | None, bool]:
         from diffsteer.pipes import decoder_of
         from diffsteer.shapes.models import is_embedded
 
-        return decoder_of(decoder), is_embedded(decoder)
+        inner = decoder_of(decoder)
+
+        def decode(latents: Tensor) -> Tensor:
+            try:
+                return inner(latents)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError) as error:
+                shape, name = tuple(latents.shape), type(decoder).__name__
+                raise DiffsteerError(
+                    f"steered(): latents of shape {shape} do not fit the default size of {name} ({error}); "
+                    "give the size: decoder=decoder_of(pipe, height=..., width=...)"
+                ) from error
+
+        return decode, is_embedded(decoder)
     if callable(decoder):
         return decoder, False
     raise DiffsteerError(f'decoder={decoder!r}; valid: the pipeline, a callable latents -> samples, or "none"')

@@ -145,6 +145,14 @@ def denoisers_of(pipe: Any) -> list[Any]:
     return [m for m in (getattr(pipe, n, None) for n in DENOISERS) if m is not None]
 
 
+def is_offloaded(module: torch.nn.Module) -> bool:
+    """Do hooks of accelerate, or of diffusers' group offloading, move the weights of a component to and fro?"""
+    if getattr(module, "_hf_hook", None) is not None:
+        return True
+    registries = (getattr(m, "_diffusers_hook", None) for m in module.modules())
+    return any(r is not None and r.get_hook("group_offloading") is not None for r in registries)
+
+
 def refuse_caches(pipe: Any) -> None:
     """Refuse what is remembered by row, where rows are about to be permuted on the way.
 

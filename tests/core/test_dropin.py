@@ -11,7 +11,7 @@ import torch
 from families.toys import TOYS
 from torch import Tensor
 
-from diffsteer import DiffsteerError, UnsupportedError, steered
+from diffsteer import DiffsteerError, UnsupportedError, decoder_of, steered
 from diffsteer.samplers import BestOfN, FeynmanKac
 
 PROMPTS = ["a red circle", "two stars"]
@@ -108,6 +108,25 @@ def test_a_pipeline_that_hands_step_no_generator_is_keyed_by_seed() -> None:
         made.append(pipe(PROMPTS, generator=torch.Generator().manual_seed(0), **options).images)
         assert pipe.scheduler.steering.seed == seed
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+
+
+@pytest.mark.parametrize("name", ["FluxPipeline", "Flux2Pipeline", "LTXPipeline"])
+def test_packed_latents_of_another_size_want_it_said(name: str) -> None:
+    toy = TOYS[name]
+    pipe = toy.build()
+    pipe.set_progress_bar_config(disable=True)
+    own, many = pipe.scheduler, "num_videos_per_prompt" if name == "LTXPipeline" else "num_images_per_prompt"
+    call = {k: v for k, v in toy.call.items() if k != "true_cfg_scale"} | {many: 2, "output_type": "latent"}
+
+    def put_on(decoder: Any) -> Any:
+        reward = lambda x, p: x.flatten(1).mean(1)  # noqa: E731
+        pipe.scheduler = steered(own, FeynmanKac(2), reward=reward, prompts=PROMPTS, decoder=decoder, seed=0)
+        return pipe(prompt=PROMPTS, **call)[0]
+
+    with pytest.raises(DiffsteerError, match=f"do not fit the default size of {name}.*decoder_of"):
+        put_on(pipe)
+    sized = decoder_of(pipe, **{k: v for k, v in toy.call.items() if k in ("height", "width", "num_frames")})
+    assert bool(put_on(sized).isfinite().all()) and pipe.scheduler.steering.rewards.shape == (2, 2)
 
 
 def test_none_passes_everything_through(toy_pipeline: Any) -> None:
