@@ -219,60 +219,6 @@ def mistral3(tokenizer: Any) -> Any:
     return Mistral3ForConditionalGeneration(config)
 
 
-# ---- parts of AudioLDM2
-
-
-def clap(tokenizer: Any) -> Any:
-    """A `ClapModel` whose embeddings have 10 channels; the audio tower is there and never run."""
-    from transformers import ClapConfig, ClapModel
-
-    audio = {
-        "patch_embeds_hidden_size": 8,
-        "hidden_size": 8,
-        "depths": [1],
-        "num_attention_heads": [2],
-        "num_hidden_layers": 1,
-        "spec_size": 16,
-        "window_size": 2,
-        "num_mel_bins": 8,
-        "num_classes": 2,
-    }
-    text = {**TEXT, "vocab_size": len(tokenizer), "max_position_embeddings": 16, "pad_token_id": tokenizer.pad_token_id}
-    return ClapModel(ClapConfig(text_config=text, audio_config=audio, projection_dim=10))
-
-
-def clap_features() -> Any:
-    from transformers import ClapFeatureExtractor
-
-    return ClapFeatureExtractor(feature_size=8, sampling_rate=100, fft_window_size=16, hop_length=8, frequency_max=50)
-
-
-def gpt2() -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=8, n_positions=64, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
-    )
-
-
-def hifi_gan(mels: int) -> Any:
-    """A vocoder that makes 4 samples of each frame."""
-    from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
-
-    return SpeechT5HifiGan(
-        SpeechT5HifiGanConfig(
-            model_in_dim=mels,
-            sampling_rate=100,
-            upsample_initial_channel=8,
-            upsample_rates=[2, 2],
-            upsample_kernel_sizes=[4, 4],
-            resblock_kernel_sizes=[3],
-            resblock_dilation_sizes=[[1, 3]],
-            initializer_range=0.2,
-        )
-    )
-
-
 # ---- autoencoders
 
 
@@ -335,3 +281,21 @@ def ddim() -> Any:
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
+
+
+def flow(**options: Any) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(**options)
+
+
+def euler() -> Any:
+    """Euler as SDXL ships it."""
+    from diffusers import EulerDiscreteScheduler
+
+    return EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+    )
+
+
+UNCHECKED: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
