@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from typing import Any
 
 import diffusers
@@ -13,8 +12,6 @@ from torch import Tensor
 
 from diffsteer import DiffsteerError, SteeredPipeline, UnsupportedError, steered
 from diffsteer.backend import DiffusersSession
-from diffsteer.hooks import Watch, guidance_parts, watching
-from diffsteer.ledger import Ledger
 from diffsteer.particles import reindex
 from diffsteer.samplers import BestOfN, FeynmanKac
 
@@ -218,57 +215,6 @@ def test_any_rows_from_any_level(toy_pipeline: Any) -> None:
             session.segment(*bad)
 
 
-def test_ledger_counts_what_ran(toy_pipeline: Any) -> None:
-    calls = []
-    handle = toy_pipeline.unet.register_forward_hook(lambda m, a, o: calls.append(len(a[0])))
-    pipe = SteeredPipeline(toy_pipeline, FeynmanKac(4, events=[0.5]), brightness, chunk=5)
-    said = pipe.estimate(2, STEPS)
-    out = pipe(PROMPTS, num_inference_steps=STEPS, seed=0)
-    handle.remove()
-    assert out.ledger.evaluations == sum(calls) == 2 * 4 * STEPS * 2 and out.ledger.forwards == len(calls)
-    assert out.ledger.counts == said.counts
-    assert out.ledger.decodes == out.ledger.reward_calls == 2 * 4 * 2
-    unguided = pipe(PROMPTS, num_inference_steps=STEPS, seed=0, guidance_scale=1.0)
-    assert unguided.ledger.counts == pipe.estimate(2, STEPS, guidance_scale=1.0).counts
-    assert {"denoiser", "decode", "reward", "select", "total"} <= set(out.ledger.seconds) and out.ledger.peak_memory > 0
-
-
-def test_guidance_parts_are_told_apart_by_reconstruction(toy_pipeline: Any) -> None:
-    session = open_session(toy_pipeline, particles=1)
-    x = session.noise()
-    session.segment(x, 0, 1)
-    u, c = session.guidance()
-    t = session.shadow.scheduler._grid[0]
-    for output, texts in ((u, ["", ""]), (c, PROMPTS)):
-        own = toy_pipeline.unet(x, t, encoder_hidden_states=embeddings(toy_pipeline, texts)).sample
-        torch.testing.assert_close(output, own, rtol=1e-3, atol=1e-5)
-    a, b = torch.randn(2, 3, 4).unbind(0)
-    for outputs in ([torch.cat([a, b])], [a, b], [torch.cat([b, a])], [b, a]):
-        parts = guidance_parts(outputs, a + 3 * (b - a), 3.0)
-        assert torch.equal(parts[0], a) and torch.equal(parts[1], b)
-    with pytest.raises(UnsupportedError, match="not recognised"):
-        guidance_parts([a, b], a * 7, 3.0)
-
-
-def test_hooks_are_inert_outside_their_block_and_in_other_threads(toy_pipeline: Any) -> None:
-    first, second = Watch(Ledger()), Watch(Ledger())
-    x, t, words = torch.randn(2, 4, 8, 8), torch.tensor(3), torch.randn(2, 16, 16)
-
-    def forward() -> None:
-        toy_pipeline.unet(x, t, encoder_hidden_states=words)
-
-    with watching(first, toy_pipeline.unet):
-        forward()
-        with watching(second, toy_pipeline.unet):
-            forward()
-            thread = threading.Thread(target=forward)
-            thread.start()
-            thread.join()
-        forward()
-    forward()
-    assert (first.ledger.evaluations, second.ledger.evaluations) == (4, 2)
-
-
 def test_negative_prompts_and_guidance_reach_the_pipeline(toy_pipeline: Any) -> None:
     start = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     pipe = SteeredPipeline(toy_pipeline, BestOfN(1, eta=0.0), brightness)
@@ -287,25 +233,6 @@ def test_the_users_solver_is_not_cut(toy_pipeline: Any) -> None:
     assert session.segment(x, 0, STEPS).x.isfinite().all()
     with pytest.raises(UnsupportedError, match="UniPCMultistepScheduler itself, which runs from 0 to 6 only"):
         session.segment(x, 0, 3)
-
-
-@pytest.mark.parametrize("name", ["DDIMScheduler", "PNDMScheduler", "HeunDiscreteScheduler"])
-@pytest.mark.parametrize("sampler", [None, BestOfN(2, eta=0.0), BestOfN(2), FeynmanKac(4)])
-def test_the_estimate_is_what_is_counted(toy_pipeline: Any, name: str, sampler: Any) -> None:
-    pipe = with_scheduler(toy_pipeline, name)
-    for options in ({}, {"decoder": "none"}, {"choice": lambda x, p: x.mean((1, 2, 3)), "chunk": 3}):
-        steered_pipe = SteeredPipeline(pipe, sampler, brightness, **options)
-        said = steered_pipe.estimate(2, STEPS).counts
-        counted = steered_pipe(PROMPTS, num_inference_steps=STEPS, seed=0).ledger.counts
-        if sampler is None and "choice" in options:
-            said["reward_calls"] = counted["reward_calls"]  # one sample a prompt leaves nothing to choose
-        assert said == counted, options
-
-
-def test_a_rehearsal_tells_seconds_and_memory(toy_pipeline: Any) -> None:
-    said = SteeredPipeline(toy_pipeline, FeynmanKac(4), brightness).estimate(2, STEPS, rehearse="a red circle")
-    assert {"denoiser", "decode", "reward", "total"} <= set(said.seconds) and said.peak_memory > 0
-    assert 0 < said.seconds["denoiser"] < 60
 
 
 def test_a_list_of_generators_is_one_key(toy_pipeline: Any) -> None:
