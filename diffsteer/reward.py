@@ -45,7 +45,7 @@ class Reward:
         """Score samples (N, ...), one prompt each. Returns (N,) float32. NaN loses."""
         raise TypeError(f"{type(self).__name__} does not define score(samples, prompts, ctx)")
 
-    def judge(self, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
+    def rate(self, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
         """`score`; of a video (N, F, 3, H, W), where the reward is one of images, the mean over its frames."""
         if samples.ndim != 5 or self.modality != "image" or self.input != "pixels":
             return self.score(samples, prompts, ctx)
@@ -94,7 +94,7 @@ class WeightedSum(Reward):
 
     def score(self, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
         """The weighted sum of the terms' scores, (N,)."""
-        return torch.stack([w * r.judge(samples, prompts, ctx) for w, r in self.terms]).sum(0)
+        return torch.stack([w * r.rate(samples, prompts, ctx) for w, r in self.terms]).sum(0)
 
 
 class FunctionReward(Reward):

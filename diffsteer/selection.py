@@ -68,7 +68,7 @@ class Scorer:
         parts = self.cut.run(len(samples), lambda rows: self._score(samples[rows], rows, len(samples), done, steps, reward))
         return torch.cat(parts).view(len(self.prompts), -1)
 
-    def judge(self, latents: Tensor, done: int, steps: int) -> Tensor:
+    def score_latents(self, latents: Tensor, done: int, steps: int) -> Tensor:
         """Rewards (P, K) of P * K latents. A block's samples are gone before the next block is decoded."""
 
         def one_block(rows: list[int]) -> Tensor:
@@ -124,7 +124,7 @@ class Selection:
             self.samples = self.scorer.decode(x)
             rewards = self.scorer.score(self.samples, done, self.problem.steps)
         else:
-            rewards = self.scorer.judge(x0, done, self.problem.steps)
+            rewards = self.scorer.score_latents(x0, done, self.problem.steps)
         with self.scorer.ledger.timed("select"):
             self.state, info = self.sampler.apply(self.state, Step(done, final, rewards))
             self.infos.append(info)
@@ -156,7 +156,7 @@ def choose(output: str, rewards: Tensor, log_weights: Tensor, seed: int, ids: Se
 
 def _score(reward: Reward, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
     try:
-        scores = torch.as_tensor(reward.judge(samples, prompts, ctx))
+        scores = torch.as_tensor(reward.rate(samples, prompts, ctx))
     except DiffsteerError:
         raise
     except Exception as error:
@@ -176,7 +176,7 @@ def _score(reward: Reward, samples: Tensor, prompts: Sequence[str], ctx: Context
 
 def _raises(reward: Reward, sample: Tensor, prompt: str, ctx: Context) -> bool:
     try:
-        reward.judge(sample[None], [prompt], ctx)
+        reward.rate(sample[None], [prompt], ctx)
     except Exception:
         return True
     return False
