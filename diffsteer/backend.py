@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from diffsteer import rng
 from diffsteer.conditions import Memory
-from diffsteer.control import Control
+from diffsteer.control import Control, Left
 from diffsteer.decoding import size_of
 from diffsteer.hooks import Watch, guidance_parts, watching
 from diffsteer.levels import native_state
@@ -23,6 +25,7 @@ from diffsteer.pipes import (
     check_pipeline,
     decoder_of,
     denoisers_of,
+    is_guided,
     is_offloaded,
     refuse_caches,
     tiny_decoder_of,
@@ -73,6 +76,8 @@ class DiffusersSession(Session):
             "num_inference_steps": int(num_inference_steps or advised or self._default("num_inference_steps"))
         }
         self.guidance_scale = float(call.get("guidance_scale", self._default("guidance_scale") or 1.0))
+        if latents is not None and self.family.entry != "latents":
+            raise DiffsteerError(f"{type(pipe).__name__} begins with states of its own: leave latents= out")
         self.user, self.given = pipe, latents
         self.each = self._given_per_prompt(call, negative_prompt)
         self.call = {k: v for k, v in call.items() if k not in self.each}
@@ -82,7 +87,8 @@ class DiffusersSession(Session):
         self.tiny_decoder = tiny_decoder_of(pipe, where, **call) if kind == "tiny" else None
         self._size = size_of(pipe, call)
         self.shadow = copy.copy(pipe)
-        self._control = SegmentControl(self, self.shadow)
+        asked = call | {"negative_prompt": negative_prompt}
+        self._control = SegmentControl(self, self.shadow, is_guided(pipe, asked))
         self.shadow.scheduler = install(pipe.scheduler, self._control)
         self.shadow._progress_bar_config = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
         if hasattr(pipe, "encode_prompt"):
@@ -111,52 +117,71 @@ class DiffusersSession(Session):
         return each
 
     def _probe(self) -> None:
-        """Call the pipeline for one row with an empty part of the grid: its levels, and the shape and scale of its states."""
+        """A call for one row with an empty part of the grid tells the levels, and the shape and scale of the states."""
         control = self._control
-        control.start = control.stop = 0
-        control.rows = [0]
-        quiet_call = {k: None for k in ("callback_on_step_end",) if k in self.call}
-        prepared: list[Tensor] = []
-        prepare = getattr(self.shadow, "prepare_latents", None)
-
-        def spy(*args: Any, **kwargs: Any) -> Any:
-            made = prepare(*args, **kwargs)  # type: ignore[misc]
-            prepared.append(made[0] if isinstance(made, tuple) else made)
-            return made
-
-        if prepare is not None:
-            self.shadow.prepare_latents = spy
-        out = None
         try:
-            with torch.no_grad():
-                out = self.shadow(**{**self._arguments([0], 0), **quiet_call})[0]
-        except UnboundLocalError:  # a pipeline that returns what only a step makes
-            pass
+            first = self._first_states([0])
         except (TypeError, ValueError) as error:
             name = f"{type(self.user).__name__} with {type(self.user.scheduler).__name__}"
             raise DiffsteerError(f"{name}: {error}") from error
-        finally:
-            if prepare is not None:
-                del self.shadow.prepare_latents
         scheduler = self.shadow.scheduler
         self.steps = len(scheduler._grid) - control.skipped
         self.levels = scheduler.levels[control.skipped :] if self.eta or self.native else []
         self._noise_scale = float(scheduler.own_init_noise_sigma)
-        if self.family.takes_latents:
-            first = out if self.family.returns_states and out is not None else prepared[0]
-            self.shape, self._dtype, self._device = tuple(first.shape[1:]), first.dtype, first.device
+        self.shape, self._dtype, self._device = tuple(first.shape[1:]), first.dtype, first.device
+
+    def _first_states(self, rows: Sequence[int]) -> Tensor:
+        """What the pipeline itself begins with for these rows, by a call with an empty part of its grid."""
+        control = self._control
+        control.start = control.stop = 0
+        control.rows, control.x = rows, torch.empty(0)
+        control.entering = self.family.entry == "step"
+        made: list[Tensor] = []
+
+        def keep(prepared: Any) -> Any:
+            made.append(prepared[0] if isinstance(prepared, tuple) else prepared)
+            return prepared
+
+        out = None
+        call = self._arguments(rows) | {k: None for k in ("callback_on_step_end",) if k in self.call}
+        with torch.no_grad(), self._preparing(keep), suppress(Left, UnboundLocalError):  # some return what only a step makes
+            out = self.shadow(**call)[0]
+        if self.family.entry == "step":
+            return control.drawn
+        return out if self.family.entry == "latents" and self.family.returns_states and out is not None else made[0]
+
+    @contextmanager
+    def _preparing(self, change: Callable[[Any], Any]) -> Iterator[None]:
+        """Whatever the shadow's `prepare_latents` makes goes through `change`."""
+        prepare = getattr(self.shadow, "prepare_latents", None)
+        if prepare is None:
+            yield
+            return
+        self.shadow.prepare_latents = lambda *args, **kwargs: change(prepare(*args, **kwargs))
+        try:
+            yield
+        finally:
+            del self.shadow.prepare_latents
 
     def guidance(self) -> tuple[Tensor, Tensor]:
         """The unconditional and the conditional output of the last block's last step, before they were mixed, (N, ...) each."""
         return guidance_parts(self._outputs, self.shadow.scheduler.prediction, self.guidance_scale)
 
     def noise(self, rows: Sequence[int] | None = None) -> Tensor:
-        """Keyed first states; the given `latents`, scaled as the pipeline scales them, where there are any."""
+        """Keyed first states; the given `latents`, scaled as the pipeline scales them, where there are any. Where a picture is
+        changed they are the picture with keyed noise."""
+        rows = list(range(self.rows) if rows is None else rows)
+        if self.family.entry == "prepared":
+            return torch.cat(self.cut.run(len(rows), lambda block: self._first_states([rows[i] for i in dict.fromkeys(block)])))
+        if self.family.entry == "step":
+            generators = [self._stream(r) for r in rows]
+            drawn: Tensor = randn_tensor((len(rows), *self.shape), generators, device=self._device, dtype=self._dtype)
+            return drawn
         if self.given is None:
             return super().noise(rows)
         if len(self.given) != self.rows:
             raise DiffsteerError(f"latents have {len(self.given)} rows; {self.rows} are needed, prompt-major")
-        return self._scale_noise(self.given if rows is None else self.given[list(rows)])
+        return self._scale_noise(self.given[rows])
 
     def _scale_noise(self, noise: Tensor) -> Tensor:
         return (noise * self._noise_scale).to(self._device, self._dtype)
@@ -195,11 +220,12 @@ class DiffusersSession(Session):
         if self.family.no_reentry and not whole:
             name, reason = type(self.user).__name__, self.family.no_reentry
             raise UnsupportedError(f"{name} runs all particles in one call, since {reason}: leave chunk and deterministic out")
-        if not self.family.no_reentry and (self.call.get("callback_on_step_end") is None or not whole):
+        one_call = self.family.no_reentry or self.family.entry == "step" or self.call.get("callback_on_step_end") is not None
+        if not (one_call and whole):
             return super().walk(select)
         self._control.select = select
         try:
-            x = self.segment(self.noise() if self.family.takes_latents else torch.empty(self.rows), 0, self.steps).x
+            x = self.segment(self.noise(), 0, self.steps).x
         finally:
             self._control.select = None
         for event in select.events[len(select.infos) :]:  # the callback stopped the run before
@@ -207,18 +233,26 @@ class DiffusersSession(Session):
         return x
 
     def _segment(self, x: Tensor, start: int, stop: int, rows: Sequence[int]) -> Arrival:
-        call = self._arguments(rows, start)
         count = len(self.experts)
-        if self.family.takes_latents:
-            shown = x if count == 1 else x.repeat_interleave(count, 0)
+        shown, call = x.repeat_interleave(count, 0), self._arguments(rows)
+        control = self._control
+        control.start, control.stop, control.rows, control.x, control.x0 = start, stop, rows, x, x
+        # at the beginning of a walk the pipeline draws the very states that would be let in
+        control.entering = self.family.entry == "step" and (start > 0 or control.select is None)
+        if self.family.entry == "latents":
             call["latents"] = self.family.enter(self.user, self._size, shown)
         if call.get("callback_on_step_end") is not None and (start, stop) != (0, self.steps):
             call |= only_latents(call["callback_on_step_end"])
-        control = self._control
-        control.start, control.stop, control.rows, control.x, control.x0 = start, stop, rows, x, x
-        run = type(self.shadow).__call__
+        run, out = type(self.shadow).__call__, None
+
+        def let_in(prepared: Any) -> Any:
+            if self.family.entry != "prepared":
+                return prepared
+            return (shown, *prepared[1:]) if isinstance(prepared, tuple) else shown
+
         try:
-            with watching(self._watch, *self._denoisers), frozen(self._modules if torch.is_grad_enabled() else []):
+            modules = self._modules if torch.is_grad_enabled() else []
+            with watching(self._watch, *self._denoisers), frozen(modules), self._preparing(let_in), suppress(Left):
                 out = (inspect.unwrap(run) if torch.is_grad_enabled() else run)(self.shadow, **call)[0]
         finally:
             if hasattr(self.shadow, "maybe_free_model_hooks"):
@@ -226,7 +260,7 @@ class DiffusersSession(Session):
         if self.native:
             self.keep(self.shadow.scheduler, rows)
         self._stopped |= bool(getattr(self.shadow, "_interrupt", False))
-        return Arrival(out[::count] if self.family.returns_states else control.x, control.x0)
+        return Arrival(out[::count] if self.family.returns_states and out is not None else control.x, control.x0)
 
     def keep(self, scheduler: Any, rows: Sequence[int]) -> None:
         """Note what a native solver remembers, row by row."""
@@ -262,14 +296,16 @@ class DiffusersSession(Session):
                 "without enable_model_cpu_offload, enable_sequential_cpu_offload or enable_group_offload"
             )
 
-    def _arguments(self, rows: Sequence[int], start: int) -> dict[str, Any]:
+    def _stream(self, row: int) -> torch.Generator:
+        """From this a pipeline draws what it draws itself for a row, the same in every call. Our transition draws by key."""
+        return rng.generator(self.seed, *self.key(row), 0, "call")
+
+    def _arguments(self, rows: Sequence[int]) -> dict[str, Any]:
         """Of a call of the pipeline for these rows."""
         prompts = [r // self.particles for r in rows for _ in self.experts]
         call = {**self.call, **self._grid_call, **{name: [values[p] for p in prompts] for name, values in self.each.items()}}
         call |= asked_of(self.user, self.texts_of(rows))
-        # our transition draws by key; first states that the pipeline draws itself, and a user's own stochastic step, come from
-        # these, a stream for each row
-        call["generator"] = [rng.generator(self.seed, *self.key(r), start, "native") for r in rows for _ in self.experts]
+        call["generator"] = [self._stream(r) for r in rows for _ in self.experts]
         if "output_type" in self._parameters:
             call["output_type"] = "latent" if self.family.returns_states else "pt"
         return call

@@ -21,6 +21,8 @@ class Control:
         start, stop: the part of the grid that is walked; `pipe`, where there is one, is told of it by its `_interrupt`, if its
             loop looks at that (`interrupts`). skipped: of the grid, by a pipeline that starts in its middle.
         unit_noise: the first states are scaled already.
+        entering: the next step takes no step, but lets the states in (`enter`).
+        left: a call is left when its part of the grid is walked, by `Left`.
         doubled: `step` is handed every row twice. experts: the weights of the rows that share a state.
         at: the index of the last step. moved: (P, K), whose copies its particles have become; None if they stayed.
     """
@@ -34,6 +36,8 @@ class Control:
     interrupts: bool = False
     skipped: int = 0
     unit_noise: bool = False
+    entering: bool = False
+    left: bool = False
     doubled: bool = False
     experts: tuple[float, ...] = (1.0,)
     at: int = -1
@@ -54,9 +58,17 @@ class Control:
         """Arguments of the user's own step."""
         return {}
 
+    def enter(self, sample: Tensor) -> Tensor:
+        """The states (N, ...) to go on from, where the pipeline has drawn others."""
+        return sample
+
     def arrived(self, index: int, total: int, x: Tensor, x0: Tensor, generator: Any) -> Tensor:
         """A step was made, of `total`: the states (N, ...) that live on."""
         return x
+
+
+class Left(Exception):
+    """A call of a pipeline was left before its end."""
 
 
 class Follower(Control):

@@ -28,7 +28,9 @@ class Family:
         layout: the decoder of its latents. makes: "images", "video" or "sound".
         no_reentry: why a run cannot be cut into calls; "" where it can. Without re-entry all particles run in one call,
             selection happening inside `step`, and there are no gradients.
-        takes_latents: the first states enter as ``latents=``; else they are drawn by the pipeline from a keyed generator a row.
+        entry: how states enter a call: "latents", as its argument of that name; "prepared", in the place of what the
+            pipeline's own `prepare_latents` makes of a picture and a keyed noise; "step", as what a first step returns, for
+            whose sake the denoiser is evaluated once more in every segment.
         enter: from states as `step` sees them to what ``latents=`` wants.
         doubled: `step` is handed every row twice, the guided estimate in both halves.
         together: conditions of one row depend on the other rows', so all are encoded at once.
@@ -36,37 +38,34 @@ class Family:
         guidance: the argument whose values above 1 double the evaluations; "" where none does.
         apart: guidance evaluates the denoiser in two forwards of N rows, not in one of 2 N.
         tiny: where its published tiny decoder lies; "" where there is none.
-        returns_states: the call can return its last states, as `step` left them.
+        returns_states: the call can return its last states. left: its end decodes to arrays, so it is left before.
     """
 
     layout: Layout
     makes: str = "images"
     no_reentry: str = ""
-    takes_latents: bool = True
+    entry: str = "latents"
     enter: Callable[[Any, Size, Tensor], Tensor] = as_it_is
     doubled: bool = False
     together: bool = False
     prompt: str = "prompt"
     guidance: str = "guidance_scale"
     returns_states: bool = True
+    left: bool = False
     apart: bool = False
     tiny: str = ""
 
 
-NO_LATENTS = "its call takes no latents="
 SECOND_STREAM = "its sound is a second stream with states of its own"
-IMAGE_AS_NOISE = "it re-noises its image with latents="
 
 FAMILIES: dict[str, Family] = {
     "StableDiffusionPipeline": Family(decoding.image, tiny="madebyollin/taesd"),
     "StableDiffusionControlNetPipeline": Family(decoding.image, tiny="madebyollin/taesd"),
-    "StableDiffusionImg2ImgPipeline": Family(decoding.image, no_reentry=NO_LATENTS, takes_latents=False),
-    "StableDiffusionInpaintPipeline": Family(decoding.image, no_reentry=IMAGE_AS_NOISE),
+    "StableDiffusionImg2ImgPipeline": Family(decoding.image, entry="prepared"),
+    "StableDiffusionInpaintPipeline": Family(decoding.image, entry="prepared"),
     "LatentConsistencyModelPipeline": Family(decoding.image, guidance="", returns_states=False),
     "StableDiffusionXLPipeline": Family(decoding.image, tiny="madebyollin/taesdxl"),
-    "StableDiffusionXLImg2ImgPipeline": Family(
-        decoding.image, no_reentry="its call cuts the time grid by strength=", takes_latents=False
-    ),
+    "StableDiffusionXLImg2ImgPipeline": Family(decoding.image, entry="prepared"),
     "StableDiffusion3Pipeline": Family(decoding.image, tiny="madebyollin/taesd3"),
     "FluxPipeline": Family(decoding.packed, guidance="true_cfg_scale", apart=True, tiny="madebyollin/taef1"),
     "Flux2Pipeline": Family(decoding.patched, enter=decoding.unpacked, guidance="", tiny="madebyollin/taef2"),
@@ -85,12 +84,8 @@ FAMILIES: dict[str, Family] = {
     "HunyuanVideoPipeline": Family(decoding.scaled_video, makes="video", guidance="true_cfg_scale", apart=True),
     "StableAudioPipeline": Family(decoding.sound, makes="sound"),
     "AudioLDM2Pipeline": Family(decoding.spectrogram, makes="sound", together=True),
-    "DDPMPipeline": Family(
-        decoding.pixels, no_reentry=NO_LATENTS, takes_latents=False, prompt="batch_size", guidance="", returns_states=False
-    ),
-    "DiTPipeline": Family(
-        decoding.image, no_reentry=NO_LATENTS, takes_latents=False, doubled=True, prompt="class_labels", returns_states=False
-    ),
+    "DDPMPipeline": Family(decoding.pixels, entry="step", prompt="batch_size", guidance="", returns_states=False, left=True),
+    "DiTPipeline": Family(decoding.image, entry="step", doubled=True, prompt="class_labels", returns_states=False, left=True),
 }
 
 

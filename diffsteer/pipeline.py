@@ -226,13 +226,14 @@ class SteeredPipeline:
             rehearse: a prompt to run two steps with, as often as fits a block of rows, which tells seconds and memory as well;
                 without it they stay empty.
         """
-        guided, apart, steps, size = False, False, num_inference_steps or 50, Blocks(self.chunk).size
+        guided, steps, size, facts = False, num_inference_steps or 50, Blocks(self.chunk).size, {}
         if not isinstance(self.pipe, CallableModel):
             from diffsteer.backend import grid_length
             from diffsteer.pipes import check_pipeline, is_guided
             from diffsteer.shapes.models import recommended
 
-            apart = check_pipeline(self.pipe).apart
+            family = check_pipeline(self.pipe)
+            facts = {"apart": family.apart, "entered": family.entry == "step"}
             known = recommended(self.pipe) | {k: v for k, v in call.items() if v is not None}
             guided = is_guided(self.pipe, known)
             asked = num_inference_steps or known.get("num_inference_steps")
@@ -244,12 +245,12 @@ class SteeredPipeline:
             prompts,
             steps,
             guided=guided,
-            apart=apart,
             decoded=decoded,
             rewards=0 if self.reward is None else 1 + (self.choice is not None and self.sampler is not None),
             chunk=None if self.sampler is None else 8 if self.deterministic and self.chunk is None else size,
             experts=len(self.experts),
             tiny=self.decoder.startswith("tiny"),
+            **facts,
         )
         if rehearse is not None:
             particles = self.sampler.particles if self.sampler else 1
@@ -275,7 +276,7 @@ class SteeredPipeline:
         if isinstance(self.pipe, CallableModel):
             raise UnsupportedError("a CallableModel has no sampler of its own; BestOfN(particles=1, eta=0) is the plain ODE")
         from diffsteer.hooks import Watch, watching
-        from diffsteer.pipes import as_images, asked_of, check_call, check_pipeline, decoder_of, denoisers_of
+        from diffsteer.pipes import as_images, asked_of, check_call, check_pipeline, decoder_of, denoisers_of, is_guided
         from diffsteer.scheduler import install
         from diffsteer.segments import Record
         from diffsteer.shapes.models import is_embedded, recommended
@@ -297,7 +298,7 @@ class SteeredPipeline:
             )
         if latents is not None:
             asking["latents"] = latents
-        record = Record(family.doubled)
+        record = Record(family.doubled and is_guided(self.pipe, call | {"negative_prompt": negative_prompt}))
         shadow.scheduler = install(self.pipe.scheduler, record)
         with watching(Watch(ledger), *denoisers_of(self.pipe)):
             own = shadow(**asking, generator=generator, **call, **({"output_type": "latent"} if family.returns_states else {}))

@@ -36,6 +36,7 @@ PER_PROMPT = (
 # Call arguments that the session gives itself, or that have one row an image and so cannot follow blocks of rows.
 _OWN = {
     *("prompt", "prompt_embeds", "negative_prompt_embeds", "class_labels", "batch_size"),
+    *("denoising_start", "denoising_end"),  # between a base and its refiner
     *("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "output_type", "return_dict", "generator"),
 }
 _PER_ROW = {"ip_adapter_image", "ip_adapter_image_embeds"}

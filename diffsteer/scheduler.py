@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from diffsteer.algebra import Level, mixed, noise_std, to_clean, transition
-from diffsteer.control import Control, Follower
+from diffsteer.control import Control, Follower, Left
 from diffsteer.levels import drop_repeats, native_state, prediction_of, refuse_rising, refuse_transition, scheduler_levels
 from diffsteer.types import UnsupportedError
 
@@ -35,8 +35,10 @@ class _Grid(Tensor):
     def __iter__(self) -> Iterator[Tensor]:
         control, entered = self.control, False
         for k, t in enumerate(self.as_subclass(Tensor).unbind(0)):
+            if k == control.start and control.entering:
+                yield t
             if control.stop is not None and k >= control.stop:
-                return
+                break
             if not control.interrupts:  # the loop does not look: leave entries out, its index is then its own
                 if k < control.start:
                     continue
@@ -44,13 +46,15 @@ class _Grid(Tensor):
                 control.pipe._interrupt = k < control.start
             entered = k >= control.start
             yield t
+        if control.left:
+            raise Left
 
     def __getitem__(self, index: Any) -> Any:
         """Image-to-image pipelines start in the middle: they walk a slice."""
         part = self.as_subclass(Tensor)[index]
-        if not isinstance(index, slice) or index.stop is not None or not index.start:
+        if not isinstance(index, slice) or index.stop is not None:
             return part
-        self.control.skipped = index.start
+        self.control.skipped = index.start or 0
         part = part.as_subclass(_Grid)
         part.control = self.control
         return part
@@ -133,6 +137,10 @@ class SteeringMixin:
             model_output, sample = model_output[: len(sample) // 2], sample[: len(sample) // 2]
         if len(control.experts) > 1:  # they share the state, so each has the same
             model_output, sample = mixed(model_output, control.experts), sample[:: len(control.experts)]
+        if control.entering:
+            control.entering = False
+            let_in = self._for_every_row(control.enter(sample))
+            return _StepOutput(let_in, let_in) if return_dict else (let_in, let_in)
         if control.eta:
             x0, x_next = self._transition(k, model_output, sample, control, generator)
             self._step_index = k + 1  # scale_model_input of the sigma classes reads it
@@ -150,11 +158,13 @@ class SteeringMixin:
         self._index = k + 1
         control.at, control.moved = k, None
         x_next = control.arrived(k, len(self._grid), x_next.to(sample.dtype), x0, generator)
-        if control.doubled:
-            x_next, x0 = torch.cat([x_next] * 2), torch.cat([x0] * 2)
-        if len(control.experts) > 1:
-            x_next, x0 = (v.repeat_interleave(len(control.experts), 0) for v in (x_next, x0))
+        x_next, x0 = self._for_every_row(x_next), self._for_every_row(x0)
         return _StepOutput(x_next, x0) if return_dict else (x_next, x0)
+
+    def _for_every_row(self, x: Tensor) -> Tensor:
+        """States as the pipeline has them: one for each expert, and twice where it doubles them itself."""
+        x = x.repeat_interleave(len(self._control.experts), 0)
+        return torch.cat([x, x]) if self._control.doubled else x
 
     def _transition(
         self, k: int, model_output: Tensor, sample: Tensor, control: Control, generator: Any

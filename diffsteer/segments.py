@@ -81,15 +81,15 @@ class Record(Control):
 class SegmentControl(Control):
     """What the scheduler of a session's shadow asks: the segment in hand."""
 
-    unit_noise = True
-
-    def __init__(self, session: DiffusersSession, shadow: Any) -> None:
+    def __init__(self, session: DiffusersSession, shadow: Any, guided: bool) -> None:
         self.session, self.pipe = session, shadow
+        self.unit_noise, self.left = session.family.entry == "latents", session.family.left
         self.start = self.stop = 0
         self.rows: Sequence[int] = []
         self.x: Tensor = torch.empty(0)
+        self.drawn: Tensor = torch.empty(0)  # by the pipeline, in the place of states that enter by a step
         self.x0: Tensor = torch.empty(0)
-        self.doubled, self.experts, self.native = session.family.doubled, session.experts, session.native
+        self.doubled, self.experts, self.native = session.family.doubled and guided, session.experts, session.native
         self.eta, self.noise_kind = None if self.native else session.eta, session.noise_kind
         names = {cls.__name__ for cls in type(session.user.scheduler).__mro__}
         self.takes_eta = bool(names & {"DDIMScheduler", "TCDScheduler"})
@@ -111,8 +111,12 @@ class SegmentControl(Control):
         return {"generator": keyed, "eta": session.eta} if self.takes_eta else {"generator": keyed}
 
     def noise(self, index: int, sample: Tensor, generator: Any) -> Tensor:
-        self.session.shape = tuple(sample.shape[1:])  # a session whose first states the pipeline draws learns it here
         return self.session.step_noise(self.rows, index - self.skipped)
+
+    def enter(self, sample: Tensor) -> Tensor:
+        self.session._outputs = self.session._watch.take()  # of no step
+        self.drawn = sample
+        return self.x if len(self.x) else sample
 
     def arrived(self, index: int, total: int, x: Tensor, x0: Tensor, generator: Any) -> Tensor:
         self.session._outputs = self.session._watch.take()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from families.toys import SIX, TOYS, Toy
 from torch import Tensor
 
-from diffsteer import SteeredPipeline, UnsupportedError
+from diffsteer import DiffsteerError, SteeredPipeline, UnsupportedError
 from diffsteer.backend import DiffusersSession
 from diffsteer.families import FAMILIES, Family, family_of
 from diffsteer.pipes import decoder_of
@@ -119,6 +121,74 @@ def test_rows_run_in_blocks_and_give_gradients(name: str) -> None:
     torch.testing.assert_close(
         parts.gradient(x, 0, lambda x0, rows: x0.square().flatten(1).mean(1))[0], found, rtol=1e-2, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("name", [name for name in CARRIED if not FAMILIES[name.split()[0]].no_reentry])
+def test_blocks_of_rows_are_the_whole_and_cost_what_was_said(name: str) -> None:
+    """The same first noises, too, where the pipeline draws them itself."""
+    toy, made = TOYS[name], []
+    for chunk in (None, 3):
+        pipe = SteeredPipeline(built(name), FeynmanKac(2, events=(0.5,), trigger="always"), level_of, output="all", chunk=chunk)
+        made.append(pipe(prompts_of(toy), seed=0, **call_of(toy)))
+        assert made[-1].ledger.counts == pipe.estimate(2, **call_of(toy)).counts
+    whole, parts = made
+    for p in range(2):
+        if torch.equal(whole.trace.ancestors[0][p], parts.trace.ancestors[0][p]):  # no near-tie that rounding turned
+            torch.testing.assert_close(parts.samples[p], whole.samples[p], rtol=1e-3, atol=1e-3)
+    assert any(torch.equal(*(m.trace.ancestors[0][p] for m in made)) for p in range(2))
+
+
+DRAWN = [name for name in CARRIED if FAMILIES[name.split()[0]].entry != "latents"]
+
+
+@pytest.mark.parametrize("scheduler", ["its own", "EulerDiscreteScheduler"])
+@pytest.mark.parametrize("name", DRAWN)
+def test_states_that_a_pipeline_makes_itself_enter_as_it_makes_them(name: str, scheduler: str) -> None:
+    """With the user's own solver a segment over all steps is the pipeline's own call with the same generators (texts encoded
+    row by row, hence to rounding)."""
+    toy, pipe, call = TOYS[name], copy.copy(built(name)), call_of(TOYS[name])
+    if scheduler != "its own":
+        pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    opened = DiffusersSession(
+        pipe,
+        prompts_of(toy),
+        particles=1,
+        seed=0,
+        eta=0.0,
+        num_inference_steps=call.pop("num_inference_steps"),
+        negative_prompt=call.pop("negative_prompt", None),
+        call=call,
+    )
+    x = opened.noise()
+    torch.testing.assert_close(x[1:], opened.noise([1]))
+    assert not torch.equal(x, x.roll(1, 0))
+    last = opened.segment(x, 0, opened.steps).x
+    states: list[Tensor] = []
+    step = type(pipe.scheduler).step
+
+    def spy(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = step(self, *args, **kwargs)
+        states.append(out[0] if isinstance(out, tuple) else out.prev_sample)
+        return out
+
+    asked = {**toy.arguments(PROMPTS), **({"class_labels": [1, 2]} if toy.rows == "class_labels" else {})}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(pipe.scheduler), "step", functools.wraps(step)(spy))
+        own = pipe(
+            **asked, output_type="latent" if facts(name).returns_states else "pt", generator=[opened._stream(r) for r in (0, 1)]
+        )
+    torch.testing.assert_close(last, own[0] if facts(name).returns_states else states[-1][:2], rtol=1e-4, atol=1e-4)
+    with pytest.raises(DiffsteerError, match="begins with states of its own: leave latents= out"):
+        SteeredPipeline(pipe, BestOfN(1), level_of)(prompts_of(toy), seed=0, latents=x, **call_of(toy))
+
+
+def test_without_guidance_dit_hands_no_row_twice() -> None:
+    pipe = SteeredPipeline(built("DiTPipeline"), BestOfN(2), level_of, output="all", decoder="none")
+    one, two = (pipe([1, 2], seed=0, num_inference_steps=4, guidance_scale=w) for w in (1.0, 1.0 + 1e-6))
+    assert one.ledger.evaluations * 2 == two.ledger.evaluations
+    torch.testing.assert_close(one.samples, two.samples, rtol=1e-3, atol=1e-4)
+    plain = SteeredPipeline(built("DiTPipeline"))([1, 2], seed=0, num_inference_steps=4, guidance_scale=1.0)
+    assert len(plain.samples) == 2
 
 
 @pytest.mark.parametrize("name", CARRIED)
