@@ -324,9 +324,11 @@ def grid_length(pipe: Any, steps: int | None, call: dict[str, Any], eta: float |
     control = Control()
     control.eta = eta
     scheduler = install(pipe.scheduler, control)
+    custom = {k: list(call[k]) for k in ("timesteps", "sigmas") if call.get(k) is not None}
+    steps = len(next(iter(custom.values()))) if custom else steps
     mu = {"mu": 1.0} if getattr(scheduler.config, "use_dynamic_shifting", False) else {}  # moves levels, but makes no more
     try:
-        scheduler.set_timesteps(steps, **mu)
+        scheduler.set_timesteps(**(custom or {"num_inference_steps": steps}), **mu)  # type: ignore[dict-item]
     except (ValueError, TypeError):
         return steps  # some grids are made by the pipeline, as long as asked
     length = len(scheduler.timesteps)

@@ -6,10 +6,12 @@ Modules that need torch are imported when a command does, so that ``--help`` and
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +27,17 @@ diffsteer list samplers | rewards | models                        what there is
 diffsteer --version"""
 OK, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 _FULL_ERROR = "HYDRA_FULL_ERROR"
+# What is the matter with a path that was given, and no failure of the machine.
+_NO_SUCH_PLACE = {
+    errno.EEXIST,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+}
 
 # Exit codes of the jobs that this process runs. None where a job is to raise: in a process of its own that a launcher of Hydra
 # made, or for a full traceback.
@@ -81,7 +94,7 @@ def _report(error: Exception, more: str = "") -> int:
     if isinstance(error, DiffsteerError):
         failed = isinstance(error, RewardError)
         return _complain(one_line(error) + (more if failed else ""), FAILED if failed else WRONG_INPUT)
-    if isinstance(error, (FileExistsError, NotADirectoryError, PermissionError)):
+    if isinstance(error, OSError) and error.filename is not None and error.errno in _NO_SUCH_PLACE:
         return _complain(f"{error.filename}: {error.strerror}")
     return _complain(f"{type(error).__name__}: {one_line(error)}{more} ({_FULL_ERROR}=1 shows where)", FAILED)
 
@@ -91,15 +104,20 @@ def _generate(argv: list[str]) -> int:
     import hydra
 
     from diffsteer.config import for_hydra, register_schemas
+    from diffsteer.types import DiffsteerError
 
     _started = time.time()
     argv = _overrides_first(for_hydra(argv))
     register_schemas()
     _exits = None if os.environ.get(_FULL_ERROR) == "1" else []
     try:
-        with _hydra_raising(["diffsteer generate", *argv]):
+        with _hydra_raising(["diffsteer generate", *argv]), _warnings_in_a_line():
             hydra.main(version_base="1.3", config_path="pkg://diffsteer.configs", config_name="config")(_job)()
         return max(_exits or [OK])
+    except ValueError as error:  # of Hydra itself, about its flags: a job's errors have been told
+        if _exits is None:
+            raise
+        raise DiffsteerError(str(error)) from error
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else OK
     finally:
@@ -126,6 +144,19 @@ def _overrides_first(argv: list[str]) -> list[str]:
         raise DiffsteerError(f"unknown option {unknown[0]!r}{nearest(unknown[0], parser._option_string_actions)}")
     overrides = [*known.overrides, *extra]
     return [*overrides, *(arg for arg in argv if arg not in overrides)]
+
+
+@contextlib.contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Warnings as the command's own words, not as places in its code."""
+    from diffsteer.config import one_line
+
+    before = warnings.showwarning
+    warnings.showwarning = lambda message, *where, **more: print(f"diffsteer: warning: {one_line(message)}", file=sys.stderr)
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 @contextlib.contextmanager

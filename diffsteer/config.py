@@ -17,10 +17,10 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from diffsteer import __version__
-from diffsteer.fingerprint import fingerprints
+from diffsteer.fingerprint import exists, fingerprints
 from diffsteer.registry import KINDS, find, nearest, registered
 from diffsteer.types import DiffsteerError
 
@@ -157,8 +157,12 @@ def for_hydra(argv: list[str]) -> list[str]:
         key, equals, value = arg.partition("=")
         if arg.startswith("-"):
             rewritten.append(arg)
-        elif key.startswith("call."):
+        elif equals and not key.strip("+~"):
+            raise DiffsteerError(f"{arg!r} has no key: wanted key=value")
+        elif equals and (key == "call" or key.startswith("call.")):
             rewritten.append(f"++{arg}")  # any key may stand there
+        elif equals and key == "prompts" and not value:
+            raise DiffsteerError("prompts= names no file")
         elif equals and key == "out" and not value:
             raise DiffsteerError("out= names no folder")
         elif equals and key.lstrip("+") in VERBATIM:
@@ -184,7 +188,7 @@ def _parses(arg: str) -> bool:
 
 def _names_a_file(value: str) -> bool:
     """One file, there or not; no sweep over several, no text quoted for Hydra, no interpolation."""
-    return Path(value).is_file() or not (set(value) & set(",'\"") or "${" in value)
+    return exists(value) or not (set(value) & set(",'\"") or "${" in value)
 
 
 def _options(group: str) -> list[str]:
@@ -211,7 +215,7 @@ def _is_path(value: str, argv: list[str]) -> bool:
             folders.append(Path(flag.partition("=")[2]))
     if any((folder / "model" / f"{value}.yaml").is_file() for folder in folders):
         return False
-    return "/" in value or Path(value).is_dir()
+    return "/" in value or (exists(value) and Path(value).is_dir())
 
 
 def explain(error: BaseException) -> str:
@@ -234,6 +238,8 @@ def one_line(said: object) -> str:
 
 def _explain_key(error: OmegaConfBaseException, within: str = "") -> str:
     key = ".".join(part for part in (within, str(error.full_key or error.key or "")) if part)
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key} is missing: give {key}=VALUE"
     parent = error.parent_node
     if isinstance(parent, DictConfig) and isinstance(error.key, str) and error.key not in parent:
         valid = [str(k) for k in parent if k != "hydra"]

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffsteer.types import DiffsteerError
+
 Layout = Callable[[Any, "Size", Tensor], Tensor]
 
 
@@ -29,14 +31,21 @@ class Size(NamedTuple):
 
 
 def size_of(pipe: Any, call: dict[str, Any]) -> Size:
-    """The size that a call asks for, by its arguments, the signature's defaults or the pipeline's own."""
+    """The size that a call asks for, by its arguments, the signature's defaults or the pipeline's own.
+
+    Raises:
+        DiffsteerError: a text for a number.
+    """
     parameters = inspect.signature(type(pipe).__call__).parameters
 
     def asked(name: str, otherwise: Any) -> Any:
         value = call.get(name)
         if value is None and name in parameters:
             value = parameters[name].default
-        return otherwise if value in (None, inspect.Parameter.empty) else value
+        value = otherwise if value in (None, inspect.Parameter.empty) else value
+        if isinstance(value, str):
+            raise DiffsteerError(f"{name}={value!r} is no number")
+        return value
 
     factor = getattr(pipe, "vae_scale_factor", None) or getattr(pipe, "vae_scale_factor_spatial", 8)
     usual = getattr(pipe, "default_sample_size", None)

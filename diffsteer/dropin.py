@@ -104,6 +104,9 @@ class Steering(Control):
         check_size(chunk)
         self.chunk = chunk
         self.selection: Selection | None = None
+        self.trace, self.ledger = Trace(), Ledger()  # of the last run
+        self.rewards = self.log_weights = torch.empty(len(self.prompts), 0, dtype=torch.float64)
+        self.log_z = torch.empty(0, dtype=torch.float64)
 
     def begin(self, scheduler: Any) -> None:
         """A new run."""

@@ -43,13 +43,14 @@ def fingerprints(settings: dict[str, Any], out: Path) -> dict[str, str]:
     found = {}
     for key, value in _leaves("", settings):
         for name in (value, value.partition(":")[2]):
-            if name and _is_there(name) and not out.resolve().is_relative_to(Path(name).resolve()):
+            if name and exists(name) and not out.resolve().is_relative_to(Path(name).resolve()):
                 found[key] = fingerprint(Path(name))
                 break
     return found
 
 
-def _is_there(name: str) -> bool:
+def exists(name: str) -> bool:
+    """Is there a file or a folder of that name? No name is too long, or holds what none may hold, to be asked after."""
     try:
         return Path(name).exists()
     except (OSError, ValueError):  # too long for a name, or holding what no name may hold

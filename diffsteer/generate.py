@@ -33,6 +33,8 @@ CAPTIONS = (
     "a yellow star and a blue ring",
 )
 DTYPES = ("float32", "float16", "bfloat16")
+# Arguments of a call that no text stands for, or that say who is who in a batch.
+_NOT_HERE = ("latents", "callback_on_step_end", "ids", "reward_prompts", "watch", "rehearse", "generator")
 PLAIN = "plain"  # the folder, inside the one of the demonstration, of what is not steered
 
 
@@ -50,7 +52,7 @@ def generate_folder(config: DictConfig, out: Path, shown: str) -> None:
     sampler = build("sampler", config.sampler)
     reward = None if OmegaConf.is_missing(config, "reward") else build("reward", config.reward)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    own = {"weights": digest()} if config.model.path in MODELS else {}
+    own = {"weights": digest(config.model.path)} if config.model.path in MODELS else {}
     folder = Folder(out, items, settings(config, device=device.partition(":")[0], **own)[1])
     runs = {"steered" if sampler else PLAIN: (folder, sampler)}
     if demo and sampler is not None:
@@ -107,6 +109,10 @@ def _check(config: DictConfig) -> bool:
         raise DiffsteerError(f"guidance_scale={config.guidance_scale}; it must be finite")
     if config.prompt is not None and config.prompts is not None:
         raise DiffsteerError("give prompt= or prompts=, not both")
+    for key in config.call:
+        if key in valid or key in _NOT_HERE:
+            instead = f": give {key}=" if key in valid else " on the command line"
+            raise DiffsteerError(f"call.{key} cannot be given{instead}")
     demo = config.prompt is None and config.prompts is None
     if demo and config.model.path not in MODELS:
         raise DiffsteerError(f"model={config.model.path} needs prompts: give prompt=TEXT or prompts=FILE")
@@ -150,13 +156,17 @@ def _load(config: DictConfig, device: str) -> Any:
 
 def _fill(folder: Folder, config: DictConfig, pipe: Any, sampler: Sampler | None, reward: Any) -> None:
     """One folder: the estimate, then the work with a progress bar."""
+    from diffsteer.pipes import check_call
+
     if not folder.missing:
         folder.finish()
         return
     names = ("output", "decoder", "transition", "noise", "chunk", "deterministic")
     steered = SteeredPipeline(pipe, sampler, reward, **{name: config[name] for name in names})
     prompts, particles = len(folder.missing), sampler.particles if sampler else 1
-    call = dict(config.call) | ({} if config.guidance_scale is None else {"guidance_scale": config.guidance_scale})
+    call: dict[str, Any] = OmegaConf.to_container(config.call, resolve=True)  # type: ignore[assignment]
+    check_call(pipe, call)
+    call |= {} if config.guidance_scale is None else {"guidance_scale": config.guidance_scale}
     cost = steered.estimate(prompts, config.num_inference_steps, negative_prompt=config.negative_prompt, **call)
     tiny = f" and {cost.tiny_decodes} tiny ones" if cost.tiny_decodes else ""
     what = f"{cost.evaluations} evaluations, {cost.decodes} decodes{tiny}, {cost.reward_calls} reward calls"

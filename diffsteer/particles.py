@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from diffsteer.types import Problem
 
 T = TypeVar("T")
 
@@ -26,6 +29,7 @@ def reindex(tree: T, ancestors: Tensor) -> T:
 
     Raises:
         ValueError: a tensor does not start with (P, K).
+        TypeError: a tree of something else.
     """
     if isinstance(tree, Tensor):
         if tree.shape[:2] != ancestors.shape:
@@ -42,6 +46,12 @@ def reindex(tree: T, ancestors: Tensor) -> T:
     if isinstance(tree, (list, tuple)):
         return type(tree)(reindex(v, ancestors) for v in tree)
     raise TypeError(f"cannot follow ancestors in a {type(tree).__name__}")
+
+
+def warn_blind(who: str, problem: Problem, done: int, blind: Tensor, then: str) -> None:
+    """Say that nothing tells the particles of some groups apart: (P,) bool, by their ids, and what becomes of them."""
+    names = ", ".join(str(problem.ids[i]) for i in blind.nonzero()[:, 0].tolist())
+    warnings.warn(f"{who}: no finite reward in group {names} after step {done}: {then}", stacklevel=3)
 
 
 def normalize(log_weights: Tensor) -> tuple[Tensor, Tensor]:

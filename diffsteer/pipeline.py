@@ -22,7 +22,7 @@ from diffsteer.run import OUTPUTS, SteeredOutput, estimate, run
 from diffsteer.selection import Scorer, check_inputs
 from diffsteer.session import check_noise
 from diffsteer.shapes.models import MODELS
-from diffsteer.types import Context, DiffsteerError, Info, Sampler, Trace, UnsupportedError
+from diffsteer.types import Context, DiffsteerError, Info, Sampler, Trace, UnsupportedError, check_numbers
 
 if TYPE_CHECKING:
     from diffsteer.session import Session
@@ -32,19 +32,28 @@ TRANSITIONS = ("own", "native")
 
 
 def load_pipeline(name: str | Path = "shapes", **kwargs: Any) -> Any:
-    """Load a pipeline: "shapes" is the one that ships with diffsteer; anything else is a folder or a hub id.
+    """Load a pipeline: "shapes" (a miniature Stable Diffusion) and "shapes-flow" (a miniature Stable Diffusion 3) ship with
+    diffsteer; anything else is a folder or a hub id.
 
     Keyword arguments go to `DiffusionPipeline.from_pretrained` (torch_dtype, revision, ...).
 
     Raises:
         DiffsteerError: nothing can be loaded from there.
     """
-    from diffusers import DiffusionPipeline, StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
+
+    from diffsteer.embedded import as_trained, load_embedded
 
     if name in MODELS:
-        return StableDiffusionPipeline.from_pretrained(MODELS[str(name)], safety_checker=None, **kwargs)
+        return load_embedded(str(name), **kwargs)
     try:
-        return DiffusionPipeline.from_pretrained(name, **kwargs)
+        fetching = {
+            k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "local_files_only", "force_download")
+        }
+        index = DiffusionPipeline.load_config(name, **fetching)
+        # what was saved as missing: some pipelines (a Stable Diffusion 3 without its T5) want to be told so
+        absent = {part: None for part, kind in index.items() if kind == [None, None]}
+        return as_trained(DiffusionPipeline.from_pretrained(name, **absent | kwargs))
     except (OSError, ValueError) as error:
         embedded = ", ".join(MODELS)
         first = str(error).strip().split("\n")[0]
@@ -165,6 +174,8 @@ class SteeredPipeline:
             raise DiffsteerError(f"{len(asked)} reward_prompts for {len(prompts)} prompts; give one each")
         if seed is not None and generator is not None:
             raise DiffsteerError("give seed= or generator=, not both")
+        given = {"num_inference_steps": num_inference_steps, "seed": seed}
+        check_numbers("", {name: value for name, value in given.items() if value is not None})
         if num_inference_steps is not None and num_inference_steps < 1:
             raise DiffsteerError(f"num_inference_steps={num_inference_steps}; at least 1 is needed")
         if seed is not None and not 0 <= seed < 2**63:

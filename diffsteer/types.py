@@ -25,6 +25,20 @@ class RewardError(DiffsteerError):
     """A reward raised or returned something that is no reward; the message names the reward, the prompt and the step."""
 
 
+def check_numbers(who: str, whole: dict[str, Any] | None = None, real: dict[str, Any] | None = None) -> None:
+    """Refuse parameters that are no numbers.
+
+    Raises:
+        DiffsteerError: with the first that is not a whole number (of `whole`), or not a number (of `real`; None passes).
+    """
+    for name, value in (whole or {}).items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise DiffsteerError(f"{who}{name}={value!r} is no whole number")
+    for name, value in (real or {}).items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise DiffsteerError(f"{who}{name}={value!r} is no number")
+
+
 @dataclass(frozen=True)
 class Problem:
     """What a sampler is asked to steer.

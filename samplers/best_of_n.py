@@ -9,14 +9,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffsteer.particles import PER_ROW
-from diffsteer.types import DiffsteerError, Info, Problem, Step
+from diffsteer.particles import PER_ROW, warn_blind
+from diffsteer.types import DiffsteerError, Info, Problem, Step, check_numbers
 
 
 @dataclass(frozen=True)
 class State:
     """log_weights (P, K) stay uniform and log_z (P,) zero: every chain is a fair draw from the model."""
 
+    problem: Problem
     log_weights: Tensor = field(metadata=PER_ROW)
     log_z: Tensor
 
@@ -48,6 +49,7 @@ class BestOfN:
     source: ClassVar[str] = "folklore; as a baseline: Ma et al., 2025, arXiv 2501.09732"
 
     def __post_init__(self) -> None:
+        check_numbers("best_of_n: ", {"particles": self.particles}, {"eta": self.eta})
         if self.particles < 1:
             raise DiffsteerError(f"best_of_n: particles={self.particles}; at least 1 is needed")
         if not 0 <= self.eta <= 1:
@@ -60,11 +62,14 @@ class BestOfN:
     def init(self, problem: Problem) -> State:
         """Uniform weights."""
         uniform = torch.full((problem.groups, self.particles), -math.log(self.particles), dtype=torch.float64)
-        return State(uniform, torch.zeros(problem.groups, dtype=torch.float64))
+        return State(problem, uniform, torch.zeros(problem.groups, dtype=torch.float64))
 
     def apply(self, state: State, step: Step) -> tuple[State, Info]:
         """Record the rewards; nothing is weighed or resampled."""
         groups = len(state.log_weights)
+        blind = (step.rewards.isnan() | (step.rewards == -math.inf)).all(1)
+        if bool(blind.any()):
+            warn_blind(self.name, state.problem, step.done, blind, "its first particle is chosen")
         return state, Info(
             done=step.done,
             rewards=step.rewards,

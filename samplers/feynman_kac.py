@@ -6,7 +6,6 @@ Singhal et al. (2025), arXiv 2501.06848; the particle filter is that of Chopin &
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -15,10 +14,18 @@ import torch
 from torch import Tensor
 
 from diffsteer.events import check_events, event_steps
-from diffsteer.particles import PER_ROW, decisive_exponent, effective_sample_size, largest_exponent, normalize, reindex
+from diffsteer.particles import (
+    PER_ROW,
+    decisive_exponent,
+    effective_sample_size,
+    largest_exponent,
+    normalize,
+    reindex,
+    warn_blind,
+)
 from diffsteer.resampling import SCHEMES
 from diffsteer.rng import generator
-from diffsteer.types import DiffsteerError, Info, Problem, Step
+from diffsteer.types import DiffsteerError, Info, Problem, Step, check_numbers
 
 # A potential is the running statistic s_n of the rewards r_1 .. r_n of a path; its log G_n = lambda s_n. `difference` has none:
 # its log G_n = lambda_n r_n - lambda_{n-1} r_{n-1} telescopes, which alone allows a lambda that changes on the way.
@@ -89,6 +96,8 @@ class FeynmanKac:
     source: ClassVar[str] = "Singhal et al., 2025, arXiv 2501.06848"
 
     def __post_init__(self) -> None:
+        shares = {"scale": self.scale, "target_ess": self.target_ess, "threshold": self.threshold, "eta": self.eta}
+        check_numbers("fk: ", {"particles": self.particles}, shares)
         for what, value, valid in (
             ("potential", self.potential, POTENTIALS),
             ("resampling", self.resampling, SCHEMES),
@@ -149,10 +158,7 @@ class FeynmanKac:
 
         blind = lost.all(1)  # nothing to tell the particles of a group apart: the event is passed over
         if bool(blind.any()):
-            names = ", ".join(str(state.problem.ids[i]) for i in blind.nonzero()[:, 0].tolist())
-            warnings.warn(
-                f"fk: no finite reward in group {names} after step {step.done}: its potentials go uniform", stacklevel=2
-            )
+            warn_blind(self.name, state.problem, step.done, blind, "its potentials go uniform")
             log_weights = torch.where(blind[:, None], state.log_weights, log_weights)
             total = total.masked_fill(blind, 0.0)
             statistic = torch.where(blind[:, None], state.statistic, statistic)

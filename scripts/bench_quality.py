@@ -2,7 +2,9 @@
 
     python scripts/bench_quality.py run --work DIR [--shard 0/2] [--methods fk8,bon8]   sample and judge; resumes
     python scripts/bench_quality.py table --work DIR                                   the tables, with intervals
-    python scripts/bench_quality.py tune --work DIR                                    guidance and steps, on development cases
+    python scripts/bench_quality.py tune                                               guidance and steps, on development cases
+
+All take --model shapes | shapes-flow.
 
 The reward that steers is the miniature CLIP; the judge is the checker, which no reward has seen. A case is a caption and a
 seed, and all methods start from the same keyed noises: the draws of best of 4 (and the plain sample) are the first of the draws
@@ -13,20 +15,22 @@ bootstrap over captions.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from diffsteer import SteeredPipeline, load_pipeline
+from diffsteer import SteeredPipeline, __version__, load_pipeline
 from diffsteer.rewards import ClipScore
 from diffsteer.samplers import BestOfN, FeynmanKac
 from diffsteer.shapes import TASKS, UNSEEN_PAIRS, caption, check, parse, sample_scene
-from diffsteer.shapes.models import WEIGHTS
+from diffsteer.shapes.models import DEFAULTS, MODELS, WEIGHTS, digest
 
 CASES_A_TASK, EMPTY_CASES, BATCH = 200, 288, 24
 Case = dict[str, Any]
@@ -81,12 +85,11 @@ MAIN = ("bon8", "native", "fk4", "fk8")
 BLANK = [m for m in METHODS if m not in ("native", "bon4")]  # with the empty caption, too
 
 
-def run(work: Path, methods: list[str], shard: tuple[int, int], count: int, empty: int, development: bool) -> None:
+def run(work: Path, model: str, methods: list[str], shard: tuple[int, int], count: int, empty: int, development: bool) -> None:
     """Append one line a case and method to a file of this process in DIR; what stands in any of them is not done again."""
     work.mkdir(parents=True, exist_ok=True)
-    records = [json.loads(line) for f in work.glob("quality.*.jsonl") for line in f.read_text().splitlines()]
-    done = {(r["method"], r["id"]) for r in records}
-    pipe = load_pipeline("shapes")
+    done = {(r["method"], r["id"]) for r in read(work) if r["settings"] == settings_of(model, r["method"])}
+    pipe = load_pipeline(model)
     reward, second = ClipScore(), second_reward()
     jobs = [(m, c, False) for m in methods for c in chunks(held_out(count, 6 if development else 7), BATCH)]
     if empty:
@@ -108,7 +111,9 @@ def run(work: Path, methods: list[str], shard: tuple[int, int], count: int, empt
                 samples = out.samples[i].float()
                 other = second.score(samples, [case["caption"]] * len(samples), EMBEDDED).tolist() if second else None
                 record = case | {
+                    "model": model,
                     "method": name,
+                    "settings": settings_of(model, name),
                     "rewards": out.rewards[i].tolist(),
                     "second": other,
                     "log_weights": out.log_weights[i].tolist(),
@@ -123,6 +128,19 @@ def run(work: Path, methods: list[str], shard: tuple[int, int], count: int, empt
                 sink.write(json.dumps(record) + "\n")
             sink.flush()
             print(f"{name} {cases[-1]['id']} {np.mean([r for c in out.rewards.tolist() for r in c]):.2f}", flush=True)
+
+
+def settings_of(model: str, method: str) -> str:
+    """What a record of a method is made with: its parameters, the weights and defaults of the models, the version."""
+    made = METHODS[method.removeprefix("empty_")]()
+    return hashlib.sha256(f"{made!r} {digest(model)} {__version__}".encode()).hexdigest()[:16]
+
+
+def read(work: Path) -> Iterator[Case]:
+    """All records in a folder; a line that a stopped run left unfinished is passed over."""
+    for f in sorted(work.glob("quality.*.jsonl")):
+        whole = f.read_text().rpartition("\n")[0]
+        yield from (json.loads(line) for line in whole.splitlines())
 
 
 def chunks(cases: list[Case], size: int) -> list[list[Case]]:
@@ -157,14 +175,15 @@ def columns(records: dict[str, dict[str, Case]], prefix: str = "") -> dict[str, 
         m.removeprefix(prefix): r for m, r in records.items() if m.startswith(prefix) and m.startswith("empty_") == bool(prefix)
     }
     table: dict[str, dict[str, float]] = {}
-    if "bon8" in found:
-        for name, first in (("plain", 1), ("best of 4", 4), ("best of 8", 8)):
-            table[name] = {i: chosen_right(r, first) for i, r in found["bon8"].items()}
+    independent = next((m for m in ("bon8", "bon4") if m in found), "")
+    for name, first in (("plain", 1), ("best of 4", 4), ("best of 8", 8)):
+        if first <= int(independent[3:] or 0):
+            table[name] = {i: chosen_right(r, first) for i, r in found[independent].items()}
     labels = {"native": "plain, native ODE", "fk4": "FK(4)", "fk8": "FK(8)"}
     labels |= {"fk4_early": "FK(4), early events", "fk8_early": "FK(8), early events"}
     labels |= {"fk4_many": "FK(4), eight events", "fk8_many": "FK(8), eight events"}
     for method, by_case in found.items():
-        if method != "bon8":
+        if method not in ("bon4", "bon8"):
             table[labels.get(method, method)] = {i: chosen_right(r) for i, r in by_case.items()}
         if all(r["second"] for r in by_case.values()) and method in ("bon8", "fk8"):
             label = "best of 8" if method == "bon8" else labels.get(method, method)
@@ -198,19 +217,19 @@ def rivals(table: dict[str, dict[str, float]]) -> list[tuple[str, str]]:
     return [(name, f"best of {k}") for k in (4, 8) for name in table if name.startswith((f"FK({k})", f"fk{k}"))]
 
 
-def tables(work: Path) -> None:
-    """Print what stands in DIR."""
+def tables(work: Path, model: str) -> None:
+    """Print what stands in DIR and was made with the models and methods as they are."""
     records: dict[str, dict[str, Case]] = defaultdict(dict)
-    for f in sorted(work.glob("quality.*.jsonl")):
-        for line in f.read_text().splitlines():
-            record = json.loads(line)
+    for record in read(work):
+        if record["settings"] == settings_of(model, record["method"]):
             records[record["method"]][record["id"]] = record
     cases = {i: r for by_case in records.values() for i, r in by_case.items()}
     table = columns(records)
     show(table, cases, [("FK(4)", "plain"), ("best of 4", "plain"), *rivals(table)])
-    print("Empty caption, the reward alone asks for a single object:\n")
     blank = columns(records, "empty_")
-    show(blank, cases, rivals(blank))
+    if blank:
+        print("Empty caption, the reward alone asks for a single object:\n")
+        show(blank, cases, rivals(blank))
     print(
         "| method | best reward | surviving first particles | evaluations | decodes | reward calls |\n|---|---|---|---|---|---|"
     )
@@ -224,13 +243,13 @@ def tables(work: Path) -> None:
         )
 
 
-def tune(count: int = 40) -> None:
+def tune(model: str, count: int = 40) -> None:
     """Accuracy of the plain chain on development captions, by guidance and steps; the best become the model's defaults."""
-    pipe, cases = load_pipeline("shapes"), held_out(count, 6)
+    pipe, cases = load_pipeline(model), held_out(count, 6)
     found: dict[tuple[int, float], float] = {}
     texts = [c["caption"] for c in cases]
-    for steps, scales in ((20, (1.5, 2.0, 3.0, 4.0, 6.0)), (30, (2.0, 3.0, 4.0))):
-        for scale in scales:
+    for steps in (20, 30, 50):
+        for scale in (2.0, 3.0, 4.0, 6.0):
             steered = SteeredPipeline(pipe, BestOfN(1), chunk=48)
             out = steered(texts, num_inference_steps=steps, guidance_scale=scale, seed=0)
             right = np.array([judge(s[0].float(), t) for s, t in zip(out.samples, texts, strict=True)], dtype=float)
@@ -238,7 +257,9 @@ def tune(count: int = 40) -> None:
             found[steps, scale] = mean
             print(f"{steps} steps, guidance {scale}: {mean:.3f} ({low:.3f}, {high:.3f})", flush=True)
     steps, scale = max(found, key=lambda key: found[key])
-    (WEIGHTS / "defaults.json").write_text(json.dumps({"num_inference_steps": steps, "guidance_scale": scale}) + "\n")
+    defaults = json.loads(DEFAULTS.read_text())
+    defaults[model] |= {"num_inference_steps": steps, "guidance_scale": scale}
+    DEFAULTS.write_text(json.dumps(defaults, indent=1) + "\n")
 
 
 def second_reward() -> Any:
@@ -254,6 +275,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", nargs="?", default="all", choices=("run", "table", "tune", "all"))
+    parser.add_argument("--model", default="shapes", choices=MODELS)
     parser.add_argument("--work", type=Path, default=Path("outputs/bench"))
     parser.add_argument("--methods", default=",".join(MAIN), help=f"of {', '.join(METHODS)}")
     parser.add_argument("--shard", default="0/1", help="i/n: take every n-th batch")
@@ -262,9 +284,10 @@ if __name__ == "__main__":
     parser.add_argument("--development", action="store_true", help="cases that settings are chosen on")
     arguments = parser.parse_args()
     if arguments.stage == "tune":
-        tune()
+        tune(arguments.model)
     if arguments.stage in ("run", "all"):
         i, n = (int(v) for v in arguments.shard.split("/"))
-        run(arguments.work, arguments.methods.split(","), (i, n), arguments.count, arguments.empty, arguments.development)
+        methods, sizes = arguments.methods.split(","), (arguments.count, arguments.empty)
+        run(arguments.work, arguments.model, methods, (i, n), *sizes, arguments.development)
     if arguments.stage in ("table", "all"):
-        tables(arguments.work)
+        tables(arguments.work, arguments.model)

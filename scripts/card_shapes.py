@@ -5,6 +5,8 @@ python scripts/card_shapes.py agree --out DIR         the labels (scripts/labels
 python scripts/card_shapes.py model                   600 held-out cases, by task, seen and unseen pairs
 python scripts/card_shapes.py clip                    right caption against one changed attribute, 3,000 clean renders
 python scripts/card_shapes.py autoencoder             the checker after the autoencoder's round trip
+
+The first three take --model shapes | shapes-flow.
 """
 
 from __future__ import annotations
@@ -19,24 +21,26 @@ import torch
 from bench_quality import held_out, interval, judge, seen
 from PIL import Image, ImageDraw
 from shapes_clips import rearranged
-from train_shapes import ENCODED
+from train_shapes import ENCODED, SCENES
 
 from diffsteer import SteeredPipeline, load_pipeline
 from diffsteer.rewards import ClipScore
 from diffsteer.samplers import BestOfN
 from diffsteer.shapes import TASKS, caption, check, one_attribute_changed, render, sample_scene
+from diffsteer.shapes.models import MODELS
 from diffsteer.types import Context
 
 LABELS = Path(__file__).resolve().parent / "labels.json"
+TRAINED_ON = {"shapes": ENCODED, "shapes-flow": SCENES}
 LABELLED, COLUMNS, ROWS, CELL = 200, 10, 5, 128
 
 
-def sheets(out: Path) -> None:
+def sheets(out: Path, model: str) -> None:
     """Pictures of the plain chain for captions of a stream that nothing else uses."""
     out.mkdir(parents=True, exist_ok=True)
     cases = held_out(LABELLED // len(TASKS) + 1, 9)[:LABELLED]
     texts = [c["caption"] for c in cases]
-    drawn = SteeredPipeline(load_pipeline("shapes"), BestOfN(1), chunk=50)(texts, seed=0, ids=[c["id"] for c in cases])
+    drawn = SteeredPipeline(load_pipeline(model), BestOfN(1), chunk=50)(texts, seed=0, ids=[c["id"] for c in cases])
     np.savez_compressed(out / "pictures.npz", pictures=np.stack([np.asarray(i) for i in drawn.images or []]))
     (out / "captions.json").write_text(json.dumps(texts, indent=0))
     for s in range(0, LABELLED, COLUMNS * ROWS):
@@ -51,9 +55,9 @@ def sheets(out: Path) -> None:
         sheet.save(out / f"sheet_{s // (COLUMNS * ROWS)}.png")
 
 
-def agree(out: Path) -> None:
+def agree(out: Path, model: str) -> None:
     """The confusion table of the checker against the eye."""
-    labels = json.loads(LABELS.read_text())
+    labels = json.loads(LABELS.read_text())[model]
     texts = json.loads((out / "captions.json").read_text())
     wrong = set(labels["wrong"])
     eye = np.array([i not in wrong for i in range(LABELLED)])
@@ -67,13 +71,14 @@ def agree(out: Path) -> None:
         print(f"{i} {texts[i]!r}: eye {'right' if eye[i] else 'wrong'}, checker {verdicts[i].reasons or 'right'}")
 
 
-def model() -> None:
+def scores(out: Path, model: str) -> None:
     """Accuracy of the plain chain and of the native solver by the checker."""
-    pipe, cases = load_pipeline("shapes"), held_out(100, 7)
+    pipe, cases = load_pipeline(model), held_out(100, 7)
     texts = [c["caption"] for c in cases]
+    trained = training_captions(TRAINED_ON[model])
     for name, eta in (("plain chain (eta 1)", 1.0), ("native ODE solver", 0.0)):
-        out = SteeredPipeline(pipe, BestOfN(1, eta=eta), chunk=50)(texts, seed=0, ids=[c["id"] for c in cases])
-        right = np.array([judge(s[0].float(), t) for s, t in zip(out.samples, texts, strict=True)], dtype=float)
+        drawn = SteeredPipeline(pipe, BestOfN(1, eta=eta), chunk=50)(texts, seed=0, ids=[c["id"] for c in cases])
+        right = np.array([judge(s[0].float(), t) for s, t in zip(drawn.samples, texts, strict=True)], dtype=float)
         mean, low, high = interval(right, texts)
         print(f"{name}: {mean:.3f} ({low:.3f}, {high:.3f})")
         for task in TASKS:
@@ -81,19 +86,18 @@ def model() -> None:
             print(f"  {task}: {right[mine].mean():.2f}")
         known = np.array([seen(t) for t in texts])
         print(f"  seen pairs {right[known].mean():.2f} ({known.sum()}), unseen {right[~known].mean():.2f} ({(~known).sum()})")
-        trained = training_captions()
         new = np.array([t not in trained for t in texts])
         print(f"  {new.sum()} of the {len(texts)} captions are unseen themselves: {right[new].mean() if new.any() else 0:.2f}")
 
 
 @functools.cache
-def training_captions() -> set[str]:
-    """Every caption that the painter was trained on, drawn again."""
-    rngs = (np.random.default_rng((1, i)) for i in range(ENCODED))
+def training_captions(count: int) -> set[str]:
+    """Every caption that a painter was trained on, drawn again."""
+    rngs = (np.random.default_rng((1, i)) for i in range(count))
     return {caption(sample_scene(TASKS[i % len(TASKS)], rng, pairs="seen")) for i, rng in enumerate(rngs)}
 
 
-def clip(count: int = 3000) -> None:
+def clip(out: Path, model: str, count: int = 3000) -> None:
     """How often the right caption scores above one with a single attribute changed."""
     reward, wins, by_pair = ClipScore(), [], []
     for start in range(0, count, 100):
@@ -121,7 +125,7 @@ def clip(count: int = 3000) -> None:
         print(f"{name}: {higher.float().mean():.3f} of {len(shown)}")
 
 
-def autoencoder(count: int = 3000) -> None:
+def autoencoder(out: Path, model: str, count: int = 3000) -> None:
     """Rejected right captions and accepted wrong ones after encoding and decoding clean renders."""
     pipe, rejected, accepted = load_pipeline("shapes"), 0, 0
     for start in range(0, count, 100):
@@ -140,8 +144,9 @@ def autoencoder(count: int = 3000) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("sheets", "agree", "model", "clip", "autoencoder"))
+    stages = {"sheets": sheets, "agree": agree, "model": scores, "clip": clip, "autoencoder": autoencoder}
+    parser.add_argument("stage", choices=stages)
     parser.add_argument("--out", type=Path, default=Path("outputs/card"))
+    parser.add_argument("--model", choices=MODELS, default="shapes")
     arguments = parser.parse_args()
-    stage = {"sheets": sheets, "agree": agree}.get(arguments.stage)
-    stage(arguments.out) if stage else {"model": model, "clip": clip, "autoencoder": autoencoder}[arguments.stage]()
+    stages[arguments.stage](arguments.out, arguments.model)

@@ -10,12 +10,19 @@ from typing import Any
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 MODELS = {"shapes": WEIGHTS / "sd"}
+# What a model has from another folder.
+SHARED = {
+    "shapes-flow": {"vae": WEIGHTS / "sd" / "vae", **dict.fromkeys(("tokenizer", "tokenizer_2"), WEIGHTS / "sd" / "tokenizer")}
+}
 CLIP = WEIGHTS / "clip"
+DEFAULTS = WEIGHTS / "defaults.json"
+# The denoiser and its first layer, by which a model is known again.
+_FIRST = {"shapes": ("unet", "conv_in.weight"), "shapes-flow": ("transformer", "pos_embed.proj.weight")}
 
 
 @functools.cache
-def _defaults() -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((WEIGHTS / "defaults.json").read_text())
+def _defaults() -> dict[str, dict[str, Any]]:
+    loaded: dict[str, dict[str, Any]] = json.loads(DEFAULTS.read_text())
     return loaded
 
 
@@ -24,31 +31,42 @@ def _first_weights() -> dict[str, Any]:
     from safetensors import safe_open
 
     found = {}
-    for name, path in MODELS.items():
-        with safe_open(path / "unet" / "diffusion_pytorch_model.safetensors", framework="pt") as file:
-            found[name] = file.get_tensor("conv_in.weight")
+    for name in MODELS:
+        part, layer = _FIRST[name]
+        with safe_open(MODELS[name] / part / "diffusion_pytorch_model.safetensors", framework="pt") as file:
+            found[name] = file.get_tensor(layer)
     return found
 
 
+def embedded_name(pipe: Any) -> str:
+    """Which of the package's own weights a pipeline has, wherever it was loaded from; "" if none. Told by the denoiser's first
+    layer."""
+    for name in MODELS:
+        part, layer = _FIRST[name]
+        weight = functools.reduce(lambda found, key: getattr(found, key, None), [part, *layer.split(".")], pipe)
+        if weight is not None:
+            own = _first_weights()[name]
+            if own.shape == weight.shape and bool((weight.cpu() == own.to(weight.dtype)).all()):
+                return name
+    return ""
+
+
 def is_embedded(pipe: Any) -> bool:
-    """Has this pipeline the package's own weights? Told by the denoiser's first layer, wherever it was loaded from."""
-    weight = getattr(getattr(getattr(pipe, "unet", None), "conv_in", None), "weight", None)
-    if weight is None:
-        return False
-    return any(
-        own.shape == weight.shape and bool((weight.cpu().to(own.dtype) == own).all()) for own in _first_weights().values()
-    )
+    """Has this pipeline weights that ship with diffsteer?"""
+    return bool(embedded_name(pipe))
 
 
 @functools.cache
-def digest() -> str:
-    """SHA-256 of everything that makes an embedded model's result: its weights, the rewards' and the defaults."""
-    sha = hashlib.sha256((WEIGHTS / "defaults.json").read_bytes())
-    for file in sorted(WEIGHTS.rglob("*.safetensors")):
-        sha.update(file.read_bytes())
+def digest(name: str) -> str:
+    """SHA-256 of everything that makes an embedded model's result: its weights, the rewards' and its defaults."""
+    sha = hashlib.sha256(json.dumps(_defaults()[name], sort_keys=True).encode())
+    for folder in (MODELS[name], *SHARED.get(name, {}).values(), CLIP, WEIGHTS / "clip2"):
+        for file in sorted(folder.rglob("*.safetensors")):
+            sha.update(file.read_bytes())
     return sha.hexdigest()
 
 
 def recommended(pipe: Any) -> dict[str, Any]:
     """Call arguments chosen for an embedded model on development captions (guidance scale, steps); {} for any other."""
-    return dict(_defaults()) if is_embedded(pipe) else {}
+    name = embedded_name(pipe)
+    return dict(_defaults()[name]) if name else {}

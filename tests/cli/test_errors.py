@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from diffsteer.rewards import Compressibility
 from diffsteer.types import DiffsteerError
@@ -54,6 +55,16 @@ WRONG = {
     "a guidance scale": (["guidance_scale=nan"], ["guidance_scale=nan", "finite"]),
     "an unknown flag": (["--mulitrun"], ["--mulitrun", "did you mean '--multirun'?"]),
     "a flag's value": (["--cfg", "jbo"], ["jbo", "job"]),
+    "a key of the command among the call's": (["call.seed=3"], ["call.seed", "give seed="]),
+    "states among the call's arguments": (["call.latents=3"], ["call.latents", "on the command line"]),
+    "an argument without a name": (["=3"], ["'=3'", "key=value"]),
+    "no file": (["prompt=~", "prompts="], ["prompts= names no file"]),
+    "a text for a file": ([f"prompts={'a red star and ' * 40}"], ["not both"]),
+    "a model's long name": ([f"model={'a' * 300}"], ["aaaa"]),
+    "a folder's long name": ([f"out={'a' * 300}"], ["aaaa", "too long"]),
+    "a folder where none can be": (["out=/proc/nowhere"], ["/proc/nowhere", "No such file"]),
+    "a flag alone": (["--resolve"], ["--resolve", "--cfg"]),
+    "a path that is missing": (["model=path"], ["model.path is missing"]),
     "a config folder": (["--config-dir", "nowhere"], ["nowhere", "not found"]),
 }
 
@@ -90,6 +101,34 @@ def test_wrong_files_of_prompts(name: str, text: str | None, said: list[str], co
     result = command("generate", f"prompts={name}", "out=o")
     assert result.code == 2 and result.err.count("\n") == 1 and all(words in result.err for words in said), result.err
     assert not (tmp_path / "o").exists()
+
+
+def test_a_long_text_for_a_file(command: Any) -> None:
+    result = command("generate", f"prompts={'a red star and ' * 40}", "out=o")
+    assert result.code == 2 and "too long" in result.err and result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("call.height=abc", "height='abc' is no number"),
+        ("call.hight=64", "'hight'; did you mean 'height'?"),
+        ("call.prompt=a", "give prompt="),
+        ("call.output_type=np", "'output_type'"),
+    ],
+)
+def test_arguments_of_the_call(given: str, said: str, generate: Any) -> None:
+    result = generate("prompt=a star", "out=o", given)
+    assert result.code == 2 and said in result.err and result.err.count("\n") == 1, result.err
+
+
+def test_mappings_and_warnings(generate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ("call.cross_attention_kwargs={scale: 0.5}", "call={guidance_rescale: 0.1}")
+    assert generate("prompt=a star", "out=o", *given).code == 0
+    monkeypatch.setattr(Compressibility, "score", lambda self, samples, *_: torch.full((len(samples),), float("nan")))
+    result = generate("prompt=a star", "out=p")
+    lines = result.err.strip().splitlines()
+    assert result.code == 0 and lines and all(line.startswith("diffsteer: warning: fk: no finite reward") for line in lines)
 
 
 def test_a_folder_without_a_pipeline(command: Any, tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_without_arguments_six_captions_are_compared(
     command: Any, manifest: Any, toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(models.MODELS, "shapes", toy_folder)
-    monkeypatch.setattr(models, "_defaults", lambda: {"num_inference_steps": 3, "guidance_scale": 2.0})
+    monkeypatch.setattr(models, "_defaults", lambda: {"shapes": {"num_inference_steps": 3, "guidance_scale": 2.0}})
     result = command("generate", "reward=compressibility", "out=demo", "batch=4")
     assert (result.code, result.err) == (0, "")
     plain, steered = manifest(tmp_path / "demo/plain"), manifest(tmp_path / "demo")
@@ -176,7 +176,7 @@ def test_lists_state_facts(command: Any) -> None:
     rewards = command("list", "rewards").out
     assert all(name in rewards for name in registered("reward")) and "quality=95" in rewards and "licence" in rewards
     shown = command("list", "models").out
-    assert "stable-diffusion-v1-5/stable-diffusion-v1-5" in shown and str(models.MODELS["shapes"]) in shown
+    assert "stable-diffusion-v1-5/stable-diffusion-v1-5" in shown and all(str(path) in shown for path in models.MODELS.values())
 
 
 def python(cwd: Path, *argv: str) -> subprocess.CompletedProcess[str]:

@@ -41,3 +41,19 @@ def test_a_rehearsal_tells_seconds_and_memory(toy_pipeline: Any) -> None:
     said = SteeredPipeline(toy_pipeline, FeynmanKac(4), brightness).estimate(2, STEPS, rehearse="a red circle")
     assert {"denoiser", "decode", "reward", "total"} <= set(said.seconds) and said.peak_memory > 0
     assert 0 < said.seconds["denoiser"] < 60
+
+
+@pytest.mark.parametrize(
+    ("name", "grid"),
+    [
+        ("DDIMScheduler", {}),
+        ("EulerDiscreteScheduler", {"sigmas": [14.0, 3.0, 0.5, 0.0]}),
+        ("EulerDiscreteScheduler", {"timesteps": [900, 500, 100]}),
+        ("DDPMScheduler", {"timesteps": [900, 500, 100]}),
+    ],
+)
+def test_the_estimate_knows_grids_of_ones_own(toy_pipeline: Any, name: str, grid: dict[str, Any]) -> None:
+    pipe = with_scheduler(toy_pipeline, name)
+    for sampler in (FeynmanKac(2), None):
+        steered = SteeredPipeline(pipe, sampler, brightness)
+        assert steered.estimate(2, **grid).counts == steered(PROMPTS, seed=0, **grid).ledger.counts

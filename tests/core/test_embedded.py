@@ -15,7 +15,7 @@ from diffsteer.cli import main
 from diffsteer.rewards import ClipScore, Compressibility
 from diffsteer.samplers import BestOfN, FeynmanKac
 from diffsteer.shapes import TASKS, caption, check, one_attribute_changed, render, sample_scene
-from diffsteer.shapes.models import CLIP, MODELS, WEIGHTS, is_embedded, recommended
+from diffsteer.shapes.models import CLIP, MODELS, WEIGHTS, embedded_name, is_embedded, recommended
 from diffsteer.shapes.tokenizer import CONTEXT, unknown_words
 from diffsteer.types import Context
 
@@ -25,6 +25,13 @@ EMBEDDED = Context(embedded=True)
 @pytest.fixture(scope="module")
 def shapes() -> Any:
     pipe = load_pipeline("shapes")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def painter(request: pytest.FixtureRequest) -> Any:
+    pipe = load_pipeline(request.param)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -111,21 +118,21 @@ def test_clip_prefers_the_right_caption() -> None:
     assert float(higher.float().mean()) >= 0.88
 
 
-def test_the_painter_paints(shapes: Any) -> None:
+def test_the_painter_paints(painter: Any) -> None:
     """It listens: its pictures show their own captions far more often than one another's."""
     texts = [caption(sample_scene("single_object", np.random.default_rng((24, i)))) for i in range(40)]
-    out = SteeredPipeline(shapes, BestOfN(1))(texts, seed=0)
+    out = SteeredPipeline(painter, BestOfN(1))(texts, seed=0)
     pictures = [s[0].float() for s in out.samples]
     own = np.mean([check(p, t).correct for p, t in zip(pictures, texts, strict=True)])
     others = np.mean([check(p, t).correct for i, p in enumerate(pictures) for t in texts[:i] + texts[i + 1 :]])
     assert own > 0.65 and own > 4 * others
 
 
-def test_steering_raises_the_reward(shapes: Any) -> None:
+def test_steering_raises_the_reward(painter: Any) -> None:
     """Paired, the same captions and first noises: a gain of more than two standard errors."""
     texts = [caption(sample_scene("color_attr", np.random.default_rng((25, i)))) for i in range(12)]
     plain, draws, out = (
-        SteeredPipeline(shapes, sampler, ClipScore())(texts, seed=0) for sampler in (BestOfN(1), BestOfN(4), FeynmanKac(4))
+        SteeredPipeline(painter, sampler, ClipScore())(texts, seed=0) for sampler in (BestOfN(1), BestOfN(4), FeynmanKac(4))
     )
     gain = out.rewards.max(1).values - plain.rewards[:, 0]
     assert gain.mean() > 2 * gain.std() / len(texts) ** 0.5
@@ -135,14 +142,14 @@ def test_steering_raises_the_reward(shapes: Any) -> None:
     assert bool(torch.stack([i.resampled for i in out.trace.events]).any())
 
 
-def test_defaults_follow_the_model(shapes: Any, toy_pipeline: Any) -> None:
-    advised = recommended(shapes)
-    assert set(advised) == {"guidance_scale", "num_inference_steps"} and recommended(toy_pipeline) == {}
-    out = SteeredPipeline(shapes, BestOfN(1), Compressibility())(["a star"], seed=0)
+def test_defaults_follow_the_model(painter: Any, toy_pipeline: Any) -> None:
+    advised = recommended(painter)
+    assert {"guidance_scale", "num_inference_steps"} <= set(advised) and recommended(toy_pipeline) == {}
+    out = SteeredPipeline(painter, BestOfN(1), Compressibility())(["a star"], seed=0)
     assert out.ledger.evaluations == 2 * advised["num_inference_steps"]
-    assert out.ledger.counts == SteeredPipeline(shapes, BestOfN(1), Compressibility()).estimate().counts
-    plain = SteeredPipeline(shapes)(["a star"], seed=3).latents
-    own = shapes("a star", generator=torch.Generator().manual_seed(3), output_type="latent", **advised).images
+    assert out.ledger.counts == SteeredPipeline(painter, BestOfN(1), Compressibility()).estimate().counts
+    plain = SteeredPipeline(painter)(["a star"], seed=3).latents
+    own = painter("a star", generator=torch.Generator().manual_seed(3), output_type="latent", **advised).images
     assert torch.equal(plain[:, 0], own)
 
 
@@ -167,11 +174,13 @@ def test_every_prompt_that_is_accepted_is_read_to_its_end(shapes: Any) -> None:
             ClipScore().prepare([text], EMBEDDED)
 
 
-def test_they_are_known_by_content(shapes: Any, toy_pipeline: Any, tmp_path: Path) -> None:
-    assert is_embedded(shapes) and not is_embedded(toy_pipeline) and not is_embedded(object())
-    assert is_embedded(StableDiffusionPipeline(**shapes.components, requires_safety_checker=False))
-    shapes.save_pretrained(tmp_path / "copy")
-    assert is_embedded(load_pipeline(tmp_path / "copy")) and is_embedded(load_pipeline(tmp_path / "copy").to(torch.float16))
+def test_they_are_known_by_content(painter: Any, toy_pipeline: Any, tmp_path: Path) -> None:
+    assert not is_embedded(toy_pipeline) and not is_embedded(object())
+    more = {"requires_safety_checker": False} if isinstance(painter, StableDiffusionPipeline) else {}
+    assert embedded_name(type(painter)(**painter.components, **more)) == embedded_name(painter) in MODELS
+    painter.save_pretrained(tmp_path / "copy")
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert embedded_name(load_pipeline(tmp_path / "copy").to(dtype)) == embedded_name(painter)
 
 
 def test_drop_in_uses_the_embedded_clip(shapes: Any) -> None:

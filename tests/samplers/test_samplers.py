@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from diffsteer.types import Problem, Sampler, Step
 
 MODEL = GaussianMixture([-1.0, 0.8], [0.35, 0.5]).model("vp")
 Make = Callable[[int], Sampler]
+WRONG: Callable[[Any], Any] = lambda value: value  # noqa: E731  # of a type that mypy would refuse
 
 
 def position(x: Tensor, prompts: object) -> Tensor:
@@ -162,11 +164,41 @@ def test_potentials_do_not_see_a_constant() -> None:
         torch.testing.assert_close(plain.log_weights, shifted.log_weights)
 
 
-def test_reindexed_state_belongs_to_the_ancestors() -> None:
-    """What is carried equals what is recomputed from the ancestor's reward."""
-    rewards = torch.randn(5, 4)
-    first, info = fixed(trigger="always").apply(fixed().init(problem(5)), Step(1, False, rewards.double()))
-    torch.testing.assert_close(first.log_potential, rewards.double().gather(1, info.ancestors))
+@pytest.mark.parametrize("potential", ["difference", "max", "sum", "immediate"])
+def test_reindexed_state_belongs_to_the_ancestors(potential: str) -> None:
+    """What is carried equals what is recomputed from the ancestors' rewards, at every event."""
+    sampler = fixed(potential, trigger="always")
+    state, path = sampler.init(problem(5)), torch.zeros(5, 4, 0, dtype=torch.float64)
+    for done in (1, 2, 3):
+        rewards = torch.randn(5, 4, dtype=torch.float64)
+        state, info = sampler.apply(state, Step(done, False, rewards))
+        path = torch.cat([path, rewards[:, :, None]], 2)
+        path = path.gather(1, info.ancestors[:, :, None].expand_as(path))
+        statistic = {"max": path.amax(2), "sum": path.sum(2)}.get(potential, path[:, :, -1])
+        torch.testing.assert_close(state.statistic, statistic)
+        total = path.cummax(2).values.sum(2) if potential == "max" else path.cumsum(2).sum(2) if potential == "sum" else None
+        accumulated = {"difference": path[:, :, -1], "immediate": path.sum(2)}.get(potential, total)
+        torch.testing.assert_close(state.log_potential, accumulated)
+
+
+def test_every_event_draws_anew() -> None:
+    """Equal weights at two events, yet other ancestors."""
+    rewards = torch.tensor([[1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0]]).repeat(6, 1)
+    _, infos = play(fixed("immediate", k=8, trigger="always", resampling="multinomial"), [rewards, rewards, rewards])
+    assert bool((infos[0].ancestors != infos[1].ancestors).any(1).all())
+
+
+def test_the_dead_stay_dead() -> None:
+    """A particle that lost its weight, at an event without resampling, has none later, whatever its reward."""
+    first, later = torch.tensor([[math.nan, 0.0, 0.0, 0.1]]), torch.tensor([[9.0, 0.0, 0.1, 0.0]])
+    for sampler in (fixed(threshold=0.01), FeynmanKac(4, scale=0.01, threshold=0.51)):
+        state, infos = play(sampler, [first, later, later])
+        assert not any(bool(i.resampled.any()) for i in infos)
+        assert float(state.log_weights[0, 0]) == -math.inf and bool(state.log_z.isfinite().all())
+        assert float(infos[-1].ess) == pytest.approx(3, abs=0.05)
+    ties = [torch.tensor([[r, 0.0, 0.0, 0.0]]) for r in (math.nan, 9.0, 9.0)]
+    state, infos = play(FeynmanKac(4), ties)
+    assert not any(bool(i.resampled.any()) for i in infos) and float(state.exponent) == 0, "only the dead stands out"
 
 
 # ------------------------------------------------------------------------------------------------------ tempering
@@ -221,6 +253,27 @@ def test_all_nan_warns_and_goes_uniform() -> None:
             torch.testing.assert_close(after.log_weights.exp(), torch.full((1, 4), 0.25, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_every_method_warns_of_a_group_without_rewards(name: str) -> None:
+    def blind_to_b(x: Tensor, prompts: list[str]) -> Tensor:
+        return torch.tensor([math.nan if p == "b" else 1.0 for p in prompts])
+
+    pipe = SteeredPipeline(MODEL, CASES[name][0](3), blind_to_b)
+    with pytest.warns(UserWarning, match="no finite reward in group 1 after step 6"):
+        out = pipe(["a", "b"], num_inference_steps=6, seed=0)
+    assert out.chosen[1] == 0 and bool(out.samples.isfinite().all())
+
+
+def test_an_event_without_rewards_changes_neither_statistic_nor_exponent() -> None:
+    r, lost = torch.tensor([[-0.3, -0.1, -0.4, -0.2]]), torch.full((1, 4), math.nan)
+    with pytest.warns(UserWarning, match="after step 2"):
+        _, infos = play(fixed("max", threshold=0.01), [r, lost, r - 1, r - 1])
+    torch.testing.assert_close(infos[2].log_weights, (2 * r.double()).log_softmax(1))  # the running maximum is still r
+    with pytest.warns(UserWarning, match="after step 1"):
+        state, infos = play(FeynmanKac(4, scale=2.0), [lost, r])
+    assert float(infos[0].exponent) == 0 and 0 < float(state.exponent) <= 2
+
+
 def test_an_event_without_rewards_keeps_the_carried_weights() -> None:
     r, lost = torch.tensor([[3.0, 0.0, 0.0, -math.inf]]), torch.full((1, 4), math.nan)
     with pytest.warns(UserWarning, match="after step 2"):
@@ -268,6 +321,15 @@ def test_a_failing_reward_is_named_with_prompt_and_step() -> None:
     [
         (lambda: FeynmanKac(eta=0.0), r"eta=0; .* set eta in \(0, 1\]"),
         (lambda: FeynmanKac(0), "particles=0"),
+        (lambda: FeynmanKac(WRONG(2.5)), "particles=2.5 is no whole number"),
+        (lambda: FeynmanKac(WRONG("4")), "particles='4' is no whole number"),
+        (lambda: FeynmanKac(eta=WRONG("x")), "eta='x' is no number"),
+        (lambda: BestOfN(True), "particles=True is no whole number"),
+        (
+            lambda: SteeredPipeline(MODEL, FeynmanKac(), position)(["a"], num_inference_steps=WRONG(2.5)),
+            "num_inference_steps=2.5",
+        ),
+        (lambda: SteeredPipeline(MODEL, FeynmanKac(), position)(["a"], seed=WRONG(1.5)), "seed=1.5 is no whole number"),
         (lambda: FeynmanKac(potential="maximum"), "'maximum' is unknown; valid: difference, max, sum, immediate"),
         (lambda: FeynmanKac(potential="max"), "set scale and target_ess=null"),
         (lambda: FeynmanKac(target_ess=None), "set scale"),
