@@ -28,8 +28,9 @@ from diffsteer.samplers import FeynmanKac
 PROMPTS, PARTICLES, STEPS, PAIRS = ["a red circle", "two stars", "a ring above a cross", "a blue square"], 4, 20, 9
 
 
-def compare(pipe: Any, prompts: list[str], particles: int, many: str = "num_images_per_prompt", **call: Any) -> list[Any]:
-    """((seconds, share outside the denoiser) steered, the same plain) of each pair; `many`: what the class calls K a prompt."""
+def compare(pipe: Any, prompts: list[str], particles: int, **call: Any) -> list[Any]:
+    """((seconds, share outside the denoiser) steered, the same plain) of each pair, with as many rows."""
+    rows = [prompt for prompt in prompts for _ in range(particles)]  # some classes ignore their num_videos_per_prompt
     pipe.set_progress_bar_config(disable=True)
     steered = SteeredPipeline(pipe, FeynmanKac(particles, trigger="always"), lambda x, p: torch.zeros(len(x)), decoder="none")
 
@@ -42,7 +43,7 @@ def compare(pipe: Any, prompts: list[str], particles: int, many: str = "num_imag
     def run_plain() -> tuple[float, float]:
         ledger, start = Ledger(), time.perf_counter()
         with watching(Watch(ledger), *denoisers_of(pipe)):
-            pipe(prompts, output_type="latent", generator=torch.Generator().manual_seed(0), **{many: particles}, **call)
+            pipe(rows, output_type="latent", generator=torch.Generator().manual_seed(0), **call)
         total = time.perf_counter() - start
         return total, 1 - ledger.seconds["denoiser"] / total
 
@@ -67,8 +68,7 @@ def families() -> None:
     for name in SIX:
         toy = TOYS[name]
         call = {k: v for k, v in toy.call.items() if k != "true_cfg_scale"} | {"num_inference_steps": 10}
-        many = "num_videos_per_prompt" if name in ("WanPipeline", "AnimateDiffPipeline") else "num_images_per_prompt"
-        pairs = compare(toy.build(), PROMPTS[:2], 2, many, **call)
+        pairs = compare(toy.build(), PROMPTS[:2], 2, **call)
         ratios = sorted(s[0] / p[0] for s, p in pairs)
         outside = [statistics.median(side[i][1] for side in pairs) for i in (0, 1)]
         more = statistics.median((s[0] - p[0]) / 10 for s, p in pairs)
