@@ -237,10 +237,11 @@ class SteeredPipeline:
             rehearse: a prompt to run two steps with, as often as fits a block of rows, which tells seconds and memory as well;
                 without it they stay empty.
         """
-        guided, steps, size, facts = False, num_inference_steps or 50, Blocks(self.chunk).size, {}
+        facts: dict[str, Any] = {}
+        guided, steps, size = False, num_inference_steps or 50, Blocks(self.chunk).size
         if not isinstance(self.pipe, CallableModel):
             from diffsteer.backend import grid_length
-            from diffsteer.pipes import check_pipeline, is_guided
+            from diffsteer.pipes import check_pipeline, is_guided, skipped_steps
             from diffsteer.shapes.models import recommended
 
             family = check_pipeline(self.pipe)
@@ -250,6 +251,7 @@ class SteeredPipeline:
             asked = num_inference_steps or known.get("num_inference_steps")
             eta = None if self.sampler is None or self.transition == "native" else self.sampler.eta
             steps = grid_length(self.pipe, asked, known, eta)
+            facts["further"] = skipped_steps(self.pipe, steps, known)
         decoded = self.decoder != "none" if not isinstance(self.pipe, CallableModel) else self.pipe.decode is not None
         said = estimate(
             self.sampler,

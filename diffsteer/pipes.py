@@ -46,11 +46,15 @@ def check_pipeline(pipe: Any) -> Family:
     """The facts of a pipeline's class.
 
     Raises:
-        UnsupportedError: a pipeline class that no session was tried on.
+        UnsupportedError: a pipeline class that no session was tried on; FreeInit.
     """
     family = family_of(pipe)
     if not isinstance(pipe, DiffusionPipeline) or family is None:
         raise UnsupportedError(f"{type(pipe).__name__} cannot be steered; supported: {', '.join(FAMILIES)}, and CallableModel")
+    if getattr(pipe, "free_init_enabled", False):
+        raise UnsupportedError(
+            f"{type(pipe).__name__} has FreeInit enabled, which walks its grid several times over: call its disable_free_init()"
+        )
     return family
 
 
@@ -139,6 +143,18 @@ def is_guided(pipe: Any, call: dict[str, Any]) -> bool:
         return False
     embedded = getattr(getattr(getattr(pipe, "unet", None), "config", None), "time_cond_proj_dim", None)
     return bool(call.get(name, parameters[name].default) > 1 and embedded is None)
+
+
+def skipped_steps(pipe: Any, steps: int, call: dict[str, Any]) -> int:
+    """At how many of so many steps skip-layer guidance evaluates the denoiser once more for every row."""
+    if call.get("skip_guidance_layers") is None:
+        return 0
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    start, stop = (
+        steps * float(call.get(name, parameters[name].default))
+        for name in ("skip_layer_guidance_start", "skip_layer_guidance_stop")
+    )
+    return sum(start < i < stop for i in range(steps))
 
 
 def denoisers_of(pipe: Any) -> list[Any]:

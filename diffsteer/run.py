@@ -100,6 +100,7 @@ def estimate(
     experts: int = 1,
     tiny: bool = False,
     entered: bool = False,
+    further: int = 0,
 ) -> Ledger:
     """The counts that a run will have, before it runs: equal to what it then counts, the padding of blocks aside.
 
@@ -110,13 +111,14 @@ def estimate(
         rewards: 0 without a reward, 1 with one, 2 with another for the final choice.
         chunk: rows in a block. experts: predictions that are mixed for each row.
         entered: states enter each segment by an evaluation of their own, where a chunk cuts the rows.
+        further: steps at which every row is evaluated once more.
     """
     rows, events = (prompts, 1) if sampler is None else (prompts * sampler.particles, len(sampler.schedule(steps)))
     if entered and chunk is not None and chunk < rows:
         steps += events
     return Ledger(
-        evaluations=rows * steps * (1 + guided) * experts,
-        forwards=steps * math.ceil(rows / (chunk or rows)) * (1 + (guided and apart)),
+        evaluations=rows * (steps * (1 + guided) + further) * experts,
+        forwards=(steps * (1 + (guided and apart)) + further) * math.ceil(rows / (chunk or rows)),
         decodes=rows * (1 if tiny else events) if decoded else 0,
         tiny_decodes=rows * (events - 1) if decoded and tiny else 0,
         reward_calls=rows * (events * (rewards > 0) + (rewards > 1)),

@@ -182,6 +182,36 @@ def test_states_that_a_pipeline_makes_itself_enter_as_it_makes_them(name: str, s
         SteeredPipeline(pipe, BestOfN(1), level_of)(prompts_of(toy), seed=0, latents=x, **call_of(toy))
 
 
+def test_what_walks_its_grid_several_times_is_refused() -> None:
+    pipe = TOYS["AnimateDiffPipeline"].build()
+    pipe.enable_free_init(num_iters=2)
+    with pytest.raises(UnsupportedError, match="AnimateDiffPipeline has FreeInit enabled.*disable_free_init"):
+        SteeredPipeline(pipe, BestOfN(2), level_of)(PROMPTS, seed=0, **call_of(TOYS["AnimateDiffPipeline"]))
+    pipe.disable_free_init()
+    SteeredPipeline(pipe, BestOfN(2), level_of)(PROMPTS, seed=0, **call_of(TOYS["AnimateDiffPipeline"]))
+
+
+def test_the_variants_are_no_mere_names() -> None:
+    """Layers are skipped, the second network and the control are used, each at some steps and not at others."""
+    for name, without in (
+        ("StableDiffusion3Pipeline with skipped layers", {"skip_guidance_layers": None}),
+        ("StableDiffusionControlNetPipeline for some steps", {"control_guidance_start": 0.0, "control_guidance_end": 1.0}),
+    ):
+        toy = TOYS[name]
+        some, all_steps = (
+            built(name)(**{**toy.arguments(PROMPTS), **more}, output_type="latent", generator=torch.Generator().manual_seed(0))[
+                0
+            ]
+            for more in ({}, without)
+        )
+        assert not torch.equal(some, all_steps)
+    opened, used = session("WanPipeline with two denoisers"), [0, 0]
+    for i, denoiser in enumerate(opened._denoisers):
+        denoiser.register_forward_hook(lambda *_, i=i: used.__setitem__(i, used[i] + 1))
+    opened.segment(opened.noise(), 0, opened.steps)
+    assert min(used) > 0
+
+
 def test_without_guidance_dit_hands_no_row_twice() -> None:
     pipe = SteeredPipeline(built("DiTPipeline"), BestOfN(2), level_of, output="all", decoder="none")
     one, two = (pipe([1, 2], seed=0, num_inference_steps=4, guidance_scale=w) for w in (1.0, 1.0 + 1e-6))

@@ -57,8 +57,13 @@ TOYS: dict[str, Toy] = {
     "StableDiffusion3Pipeline without T5": Toy(
         lambda: transformer.stable_diffusion_3(t5=False), {**IMAGE, "max_sequence_length": 1}
     ),
+    "StableDiffusion3Pipeline with skipped layers": Toy(
+        transformer.stable_diffusion_3,
+        {**IMAGE, **SHORT, "skip_guidance_layers": [0], "skip_layer_guidance_start": 0.3, "skip_layer_guidance_stop": 0.7},
+    ),
     "FluxPipeline": Toy(transformer.flux, {**IMAGE, **SHORT, "true_cfg_scale": 2.0}, each={"negative_prompt": NEGATIVE}),
     "WanPipeline": Toy(video.wan, {**VIDEO, **SHORT}, output="frames"),
+    "WanPipeline with two denoisers": Toy(lambda: video.wan(second=True), {**VIDEO, **SHORT}, output="frames"),
     "AnimateDiffPipeline": Toy(unet.animatediff, {**IMAGE, "num_frames": 5}, output="frames"),
     "PixArtSigmaPipeline": Toy(
         transformer.pixart_sigma, {**IMAGE, **SHORT, "use_resolution_binning": False, "clean_caption": False}
@@ -114,6 +119,11 @@ TOYS: dict[str, Toy] = {
     "StableDiffusionControlNetPipeline": Toy(
         unet.stable_diffusion_controlnet,
         {"num_inference_steps": 5, "guidance_scale": 3.0},
+        each={"image": picture(16, 24)},
+    ),
+    "StableDiffusionControlNetPipeline for some steps": Toy(
+        unet.stable_diffusion_controlnet,
+        {"num_inference_steps": 5, "guidance_scale": 3.0, "control_guidance_start": 0.3, "control_guidance_end": 0.7},
         each={"image": picture(16, 24)},
     ),
     "StableDiffusionInpaintPipeline": Toy(

@@ -7,7 +7,8 @@ from typing import Any
 from families import parts
 
 
-def wan() -> Any:
+def wan(second: bool = False) -> Any:
+    """With a `second` denoiser for the low noise levels, as Wan 2.2 has it."""
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
     tokenizer = parts.t5_tokenizer()
@@ -21,23 +22,28 @@ def wan() -> Any:
         scale_factor_spatial=4,
         **parts.statistics(6),
     )
-    transformer = WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=6,
-        out_channels=6,
-        text_dim=16,
-        freq_dim=16,
-        ffn_dim=20,
-        num_layers=1,
-        rope_max_seq_len=32,
-    )
+    denoisers = [
+        WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=6,
+            out_channels=6,
+            text_dim=16,
+            freq_dim=16,
+            ffn_dim=20,
+            num_layers=1,
+            rope_max_seq_len=32,
+        )
+        for _ in range(1 + second)
+    ]
     return WanPipeline(
         tokenizer=tokenizer,
         text_encoder=parts.t5_encoder(tokenizer, multilingual=True),
         vae=vae,
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-        transformer=transformer,
+        transformer=denoisers[0],
+        transformer_2=denoisers[1] if second else None,
+        boundary_ratio=0.8 if second else None,
     )
 
 
