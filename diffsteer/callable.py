@@ -63,7 +63,11 @@ class CallableModel:
         self.alphas_cumprod, self.sigmas, self.decode, self.device, self.dtype = bars, sigmas, decode, device, dtype
 
     def grid(self, steps: int) -> tuple[list[float], list[Level]]:
-        """The times at which fn is called (T of them) and the levels (T + 1), the last one clean."""
+        """The times at which fn is called (T of them) and the levels (T + 1), the last one clean.
+
+        Raises:
+            DiffsteerError: fewer than one step, or more than `alphas_cumprod` has.
+        """
         if self.path == "vp":
             bars = self.alphas_cumprod
             assert bars is not None

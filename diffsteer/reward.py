@@ -70,7 +70,11 @@ class Reward:
 
 class WeightedSum(Reward):
     """Rewards added, each with a weight; what it can do is what all of them can. Range, licence and weights are the
-    terms' own."""
+    terms' own.
+
+    Raises:
+        DiffsteerError: rewards on pixels and rewards on latents.
+    """
 
     def __init__(self, terms: Sequence[tuple[float, Reward]]) -> None:
         self.terms = list(terms)
