@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from diffsteer import rng
+from diffsteer.blocks import Blocks
 from diffsteer.conditions import Memory
-from diffsteer.control import Control, Left
+from diffsteer.control import Left
 from diffsteer.decoding import size_of
+from diffsteer.history import History
 from diffsteer.hooks import Watch, guidance_parts, watching
-from diffsteer.levels import native_state
+from diffsteer.levels import cut_state
 from diffsteer.pipes import (
     PER_PROMPT,
     asked_of,
@@ -65,8 +68,8 @@ class DiffusersSession(Session):
         super().__init__(prompts, **keys)
         self.family, self.native = check_pipeline(pipe), transition == "native"
         self.makes = self.family.makes
-        self._history: dict[int, list[Any]] = {}  # by row: what a native solver remembers of it
-        self._remembered: dict[str, Any] = {}  # what it remembers of all
+        self.history = History(pipe.scheduler, self.native, self.eta)
+        self._prepared: dict[Any, Any] = {}  # by rows: what the pipeline made of pictures
         call = recommended(pipe) | (call or {})
         advised = call.pop("num_inference_steps", None)
         check_call(pipe, call)
@@ -92,7 +95,8 @@ class DiffusersSession(Session):
         self.shadow.scheduler = install(pipe.scheduler, self._control)
         self.shadow._progress_bar_config = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
         if hasattr(pipe, "encode_prompt"):
-            every = {"prompt": self.prompts, **{k: v for k, v in self.each.items() if "prompt" in k}}
+            texts = {k: [v for v in values for _ in self.experts] for k, values in self.each.items() if "prompt" in k}
+            every = {"prompt": self.texts_of(range(0, self.rows, self.particles)), **texts}
             self.shadow.encode_prompt = Memory(self.shadow.encode_prompt, every if self.family.together else None)
         self._denoisers = denoisers_of(pipe)
         self._modules = [m for m in pipe.components.values() if isinstance(m, nn.Module)]
@@ -126,7 +130,7 @@ class DiffusersSession(Session):
             raise DiffsteerError(f"{name}: {error}") from error
         scheduler = self.shadow.scheduler
         self.steps = len(scheduler._grid) - control.skipped
-        self.levels = scheduler.levels[control.skipped :] if self.eta or self.native else []
+        self.levels = scheduler.levels[control.skipped :]
         self._noise_scale = float(scheduler.own_init_noise_sigma)
         self.shape, self._dtype, self._device = tuple(first.shape[1:]), first.dtype, first.device
 
@@ -144,24 +148,42 @@ class DiffusersSession(Session):
 
         out = None
         call = self._arguments(rows) | {k: None for k in ("callback_on_step_end",) if k in self.call}
-        with torch.no_grad(), self._preparing(keep), suppress(Left, UnboundLocalError):  # some return what only a step makes
+        with (
+            torch.no_grad(),
+            self._preparing(rows, keep),
+            suppress(Left, UnboundLocalError),
+        ):  # some return what only a step makes
             out = self.shadow(**call)[0]
         if self.family.entry == "step":
             return control.drawn
-        return out if self.family.entry == "latents" and self.family.returns_states and out is not None else made[0]
+        returned = self.family.entry == "latents" and self.family.returns_states and out is not None
+        first: Any = out if returned else made[0]
+        states: Tensor = first[:: len(self.experts)]
+        return states
 
     @contextmanager
-    def _preparing(self, change: Callable[[Any], Any]) -> Iterator[None]:
-        """Whatever the shadow's `prepare_latents` makes goes through `change`."""
-        prepare = getattr(self.shadow, "prepare_latents", None)
-        if prepare is None:
-            yield
-            return
-        self.shadow.prepare_latents = lambda *args, **kwargs: change(prepare(*args, **kwargs))
+    def _preparing(self, rows: Sequence[int], change: Callable[[Any], Any]) -> Iterator[None]:
+        """Whatever the shadow's `prepare_latents` makes goes through `change`. What it makes of pictures and masks is made once
+        for the same rows: the pipeline would encode them again in every call."""
+        names = [name for name in ("prepare_latents", "prepare_mask_latents") if hasattr(self.shadow, name)]
+
+        def once(name: str, prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            key = (name, *rows)
+            if self.family.entry != "prepared":
+                made = prepare(*args, **kwargs)
+            else:
+                if key not in self._prepared:
+                    self._prepared[key] = prepare(*args, **kwargs)
+                made = self._prepared[key]
+            return change(made) if name == "prepare_latents" else made
+
+        for name in names:
+            setattr(self.shadow, name, partial(once, name, getattr(self.shadow, name)))
         try:
             yield
         finally:
-            del self.shadow.prepare_latents
+            for name in names:
+                delattr(self.shadow, name)
 
     def guidance(self) -> tuple[Tensor, Tensor]:
         """The unconditional and the conditional output of the last block's last step, before they were mixed, (N, ...) each."""
@@ -191,16 +213,25 @@ class DiffusersSession(Session):
 
         Raises:
             UnsupportedError: a graph through a class that cannot be cut, or through offloaded modules.
-            UnsupportedError: a part of the grid with eta = 0: the user's own solver may have a history, which a cut would lose.
+            UnsupportedError: a part of the grid with eta = 0, where a cut would lose what the user's own solver knows; a part
+                from where a solver remembers its last steps, for rows that this session did not carry there.
         """
         if self.interrupted:
             return Arrival(x, x)
-        if not self.eta and not self.native and (start, stop) != (0, self.steps):
+        whole = (start, stop) == (0, self.steps)
+        if not self.eta and not self.native and not whole and cut_state(self.user.scheduler) is None:
             name = type(self.user.scheduler).__name__
             raise UnsupportedError(
                 f"eta=0 steps with {name} itself, which runs from 0 to {self.steps} only, not {start} to {stop}"
             )
         self._stopped = False
+        counted = [name for name in self.family.by_index if self.call.get(name, self._default(name)) != self._default(name)]
+        if counted and not whole:
+            name = type(self.user).__name__
+            raise UnsupportedError(
+                f"{name} counts the steps of its call for {counted[0]}, so that it runs from 0 to {self.steps} only, not "
+                f"{start} to {stop}: leave {counted[0]} out"
+            )
         if graph:
             self._refuse_graph()
         arrival = super().segment(x, start, stop, rows, graph)
@@ -220,14 +251,27 @@ class DiffusersSession(Session):
         if self.family.no_reentry and not whole:
             name, reason = type(self.user).__name__, self.family.no_reentry
             raise UnsupportedError(f"{name} runs all particles in one call, since {reason}: leave chunk and deterministic out")
-        one_call = self.family.no_reentry or self.family.entry == "step" or self.call.get("callback_on_step_end") is not None
+        asks = ("callback_on_step_end", *self.family.by_index)
+        one_call = (
+            self.family.no_reentry or self.family.entry == "step" or any(self.call.get(name) is not None for name in asks)
+        )
         if not (one_call and whole):
             return super().walk(select)
-        self._control.select = select
+        x, cut = self.noise(), self.cut
+        self._control.select, self.cut = select, Blocks()  # which do not halve: the selection wants all rows
         try:
-            x = self.segment(self.noise(), 0, self.steps).x
+            x = self.segment(x, 0, self.steps).x
+            fits = True
+        except torch.OutOfMemoryError:
+            if not cut.auto or self.family.no_reentry or self.rows == 1:
+                raise
+            fits = False
         finally:
-            self._control.select = None
+            self._control.select, self.cut = None, cut
+        if not fits:
+            cut.halve(self.rows)
+            select.restart()
+            return super().walk(select)
         for event in select.events[len(select.infos) :]:  # the callback stopped the run before
             x = select(event, x, x)
         return x
@@ -242,7 +286,7 @@ class DiffusersSession(Session):
         if self.family.entry == "latents":
             call["latents"] = self.family.enter(self.user, self._size, shown)
         if call.get("callback_on_step_end") is not None and (start, stop) != (0, self.steps):
-            call |= only_latents(call["callback_on_step_end"])
+            call |= only_latents(call["callback_on_step_end"], 0 if control.interrupts else start)
         run, out = type(self.shadow).__call__, None
 
         def let_in(prepared: Any) -> Any:
@@ -252,39 +296,31 @@ class DiffusersSession(Session):
 
         try:
             modules = self._modules if torch.is_grad_enabled() else []
-            with watching(self._watch, *self._denoisers), frozen(modules), self._preparing(let_in), suppress(Left):
+            with watching(self._watch, *self._denoisers), frozen(modules), self._preparing(rows, let_in), suppress(Left):
                 out = (inspect.unwrap(run) if torch.is_grad_enabled() else run)(self.shadow, **call)[0]
         finally:
             if hasattr(self.shadow, "maybe_free_model_hooks"):
                 self.shadow.maybe_free_model_hooks()
-        if self.native:
-            self.keep(self.shadow.scheduler, rows)
+        self.history.keep(self.shadow.scheduler, rows, stop)
         self._stopped |= bool(getattr(self.shadow, "_interrupt", False))
         return Arrival(out[::count] if self.family.returns_states and out is not None else control.x, control.x0)
 
-    def keep(self, scheduler: Any, rows: Sequence[int]) -> None:
-        """Note what a native solver remembers, row by row."""
-        names = native_state(self.user.scheduler)
-        for i, row in enumerate(rows):
-            self._history[row] = [[None if v is None else v[i] for v in getattr(scheduler, name)] for name in names]
-        if names:
-            self._remembered = {"lower_order_nums": scheduler.lower_order_nums}
-
-    def remind(self, scheduler: Any, rows: Sequence[int]) -> None:
-        """Tell a native solver again what it knew of these rows."""
-        for j, name in enumerate(native_state(self.user.scheduler)):
-            columns = zip(*(self._history[row][j] for row in rows), strict=True)
-            setattr(scheduler, name, [None if c[0] is None else torch.stack(c) for c in columns])
-        for name, value in self._remembered.items():
-            setattr(scheduler, name, value)
-
-    def follow(self, ancestors: Tensor) -> None:
+    def follow(self, ancestors: Tensor, index: int) -> None:
         """Rows have become copies of others: so do their histories."""
-        before = dict(self._history)
-        for p, chosen in enumerate(ancestors.tolist()):
-            for k, ancestor in enumerate(chosen):
-                if p * self.particles + ancestor in before:
-                    self._history[p * self.particles + k] = before[p * self.particles + ancestor]
+        self.history.follow(ancestors, index)
+
+    def trajectory(self, x: Tensor, start: int = 0, stop: int | None = None, rows: Sequence[int] | None = None) -> Tensor:
+        """As in `Session`.
+
+        Raises:
+            UnsupportedError: a solver that remembers its last steps: what it remembers would get no gradient.
+        """
+        if self.history.of_rows:
+            name = type(self.user.scheduler).__name__
+            raise UnsupportedError(
+                f"{name} remembers its last steps, which get no gradient: take one that does not, or eta > 0"
+            )
+        return super().trajectory(x, start, stop, rows)
 
     def _refuse_graph(self) -> None:
         name = type(self.user).__name__
@@ -309,30 +345,3 @@ class DiffusersSession(Session):
         if "output_type" in self._parameters:
             call["output_type"] = "latent" if self.family.returns_states else "pt"
         return call
-
-
-def grid_length(pipe: Any, steps: int | None, call: dict[str, Any], eta: float | None) -> int:
-    """How many transitions a call with so many steps makes: more for solvers with inner steps, fewer for a picture's strength.
-
-    Args:
-        steps: None is the default of the pipeline.
-        call: the pipeline's own arguments.
-        eta: of diffsteer's transition, which takes no inner steps; None or 0 for the user's own solver.
-    """
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    steps = int(parameters["num_inference_steps"].default if steps is None else steps)
-    control = Control()
-    control.eta = eta
-    scheduler = install(pipe.scheduler, control)
-    custom = {k: list(call[k]) for k in ("timesteps", "sigmas") if call.get(k) is not None}
-    steps = len(next(iter(custom.values()))) if custom else steps
-    mu = {"mu": 1.0} if getattr(scheduler.config, "use_dynamic_shifting", False) else {}  # moves levels, but makes no more
-    try:
-        scheduler.set_timesteps(**(custom or {"num_inference_steps": steps}), **mu)  # type: ignore[dict-item]
-    except (ValueError, TypeError):
-        return steps  # some grids are made by the pipeline, as long as asked
-    length = len(scheduler.timesteps)
-    if "strength" not in parameters:
-        return length
-    strength = float(call.get("strength", parameters["strength"].default))
-    return length - (steps - min(int(steps * strength), steps)) * int(scheduler.order)

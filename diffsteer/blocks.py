@@ -64,13 +64,17 @@ class Blocks:
             except torch.OutOfMemoryError:
                 if not self.auto or len(block) == 1:
                     raise
-                self.size = (len(block) + 1) // 2
-                if not self._said:
-                    warnings.warn(f"out of memory with {len(block)} rows at a time: going on with {self.size}", stacklevel=3)
-                    self._said = True
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                self.halve(len(block))
                 continue
             done.append(found)
             at += len(set(block))
         return done
+
+    def halve(self, rows: int) -> None:
+        """So many rows at a time were too many."""
+        self.size = (rows + 1) // 2
+        if not self._said:
+            warnings.warn(f"out of memory with {rows} rows at a time: going on with {self.size}", stacklevel=3)
+            self._said = True
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

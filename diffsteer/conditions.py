@@ -49,7 +49,7 @@ class Memory:
             all_rows = list(zip(*self.together.values(), strict=True))
             asked = [all_rows.index(row) for row in zip(*(given[name] for name in self.together), strict=True)]
             return _pick(self._remembered(given | self.together), asked, len(all_rows))
-        single = [{k: _row(v, i, rows) for k, v in given.items()} for i in range(rows)]
+        single = [{k: _row(v, i, rows) if "prompt" in k else v for k, v in given.items()} for i in range(rows)]
         joined = _join([self._remembered(one) for one in single])
         return self._remembered(given) if joined is _UNEQUAL else joined
 

@@ -35,7 +35,8 @@ class Family:
         doubled: `step` is handed every row twice, the guided estimate in both halves.
         together: conditions of one row depend on the other rows', so all are encoded at once.
         prompt: the argument that a session's prompts enter by; "batch_size" takes their number alone.
-        guidance: the argument whose values above 1 double the evaluations; "" where none does.
+        guidance: the argument whose values above `guided_above` double the evaluations; "" where none does.
+        by_index: arguments that take effect by the loop's own count of steps, where that is lost in a run in pieces.
         apart: guidance evaluates the denoiser in two forwards of N rows, not in one of 2 N.
         tiny: where its published tiny decoder lies; "" where there is none.
         returns_states: the call can return its last states. left: its end decodes to arrays, so it is left before.
@@ -50,8 +51,10 @@ class Family:
     together: bool = False
     prompt: str = "prompt"
     guidance: str = "guidance_scale"
+    guided_above: float = 1.0
     returns_states: bool = True
     left: bool = False
+    by_index: tuple[str, ...] = ()
     apart: bool = False
     tiny: str = ""
 
@@ -63,24 +66,24 @@ FAMILIES: dict[str, Family] = {
     "StableDiffusionControlNetPipeline": Family(decoding.image, tiny="madebyollin/taesd"),
     "StableDiffusionImg2ImgPipeline": Family(decoding.image, entry="prepared"),
     "StableDiffusionInpaintPipeline": Family(decoding.image, entry="prepared"),
-    "LatentConsistencyModelPipeline": Family(decoding.image, guidance="", returns_states=False),
+    "LatentConsistencyModelPipeline": Family(decoding.image, guidance="", returns_states=False, left=True),
     "StableDiffusionXLPipeline": Family(decoding.image, tiny="madebyollin/taesdxl"),
     "StableDiffusionXLImg2ImgPipeline": Family(decoding.image, entry="prepared"),
     "StableDiffusion3Pipeline": Family(decoding.image, tiny="madebyollin/taesd3"),
     "FluxPipeline": Family(decoding.packed, guidance="true_cfg_scale", apart=True, tiny="madebyollin/taef1"),
     "Flux2Pipeline": Family(decoding.patched, enter=decoding.unpacked, guidance="", tiny="madebyollin/taef2"),
     "QwenImagePipeline": Family(decoding.packed_video_vae, guidance="true_cfg_scale", apart=True),
-    "ZImagePipeline": Family(decoding.image, tiny="madebyollin/taef1"),
+    "ZImagePipeline": Family(decoding.image, guided_above=0.0, tiny="madebyollin/taef1"),
     "PixArtSigmaPipeline": Family(decoding.image, tiny="madebyollin/taesdxl"),
     "SanaPipeline": Family(decoding.image),
     "HunyuanDiTPipeline": Family(decoding.image),
-    "Lumina2Pipeline": Family(decoding.image, apart=True),
+    "Lumina2Pipeline": Family(decoding.image, apart=True, by_index=("cfg_trunc_ratio",)),
     "AuraFlowPipeline": Family(decoding.image),
     "AnimateDiffPipeline": Family(decoding.video_by_image, makes="video", tiny="madebyollin/taesd"),
     "WanPipeline": Family(decoding.video, makes="video", apart=True),
     "CogVideoXPipeline": Family(decoding.frames_first, makes="video"),
     "LTXPipeline": Family(decoding.packed_video, makes="video"),
-    "LTX2Pipeline": Family(decoding.packed_video, makes="video", no_reentry=SECOND_STREAM, returns_states=False),
+    "LTX2Pipeline": Family(decoding.packed_video, makes="video", no_reentry=SECOND_STREAM, returns_states=False, left=True),
     "HunyuanVideoPipeline": Family(decoding.scaled_video, makes="video", guidance="true_cfg_scale", apart=True),
     "StableAudioPipeline": Family(decoding.sound, makes="sound"),
     "AudioLDM2Pipeline": Family(decoding.spectrogram, makes="sound", together=True),

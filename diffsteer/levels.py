@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -27,6 +28,15 @@ NATIVE: dict[str, tuple[str, ...]] = {
     "TCDScheduler": (),
     "DPMSolverMultistepScheduler": ("model_outputs",),
 }
+# Deterministic solvers whose own steps can be cut: what of their state belongs to the rows, and what to all.
+CUT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "DDIMScheduler": ((), ()),
+    "EulerDiscreteScheduler": ((), ()),
+    "FlowMatchEulerDiscreteScheduler": ((), ()),
+    "DPMSolverMultistepScheduler": (("model_outputs",), ("lower_order_nums",)),
+    "DEISMultistepScheduler": (("model_outputs",), ("lower_order_nums",)),
+    "UniPCMultistepScheduler": (("model_outputs", "last_sample"), ("lower_order_nums", "timestep_list", "this_order")),
+}
 _PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "velocity"}
 
 
@@ -45,6 +55,22 @@ def native_state(scheduler: Any) -> tuple[str, ...]:
             f"{', '.join(NATIVE)} (the last with algorithm_type='sde-dpmsolver++'); transition=own takes most others"
         )
     return found
+
+
+def cut_state(scheduler: Any) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """The attributes of a deterministic solver that hold something of each row, and of all; None where it cannot be cut."""
+    config, found = scheduler.config, next((CUT[c.__name__] for c in type(scheduler).__mro__ if c.__name__ in CUT), None)
+    noisy = getattr(config, "stochastic_sampling", False) or "sde" in str(getattr(config, "algorithm_type", ""))
+    return None if noisy else found
+
+
+def refuse_step(scheduler: Any) -> None:
+    parameters = list(inspect.signature(type(scheduler).step).parameters)
+    if parameters[1:4] != ["model_output", "timestep", "sample"]:
+        wants = ", ".join(parameters[1:6])
+        raise UnsupportedError(
+            f"{type(scheduler).__name__} has a step of its own kind, step({wants}, ...): use another scheduler"
+        )
 
 
 def refuse_transition(scheduler: Any) -> None:

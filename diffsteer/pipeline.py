@@ -32,7 +32,7 @@ TRANSITIONS = ("own", "native")
 
 
 def load_pipeline(name: str | Path = "shapes", **kwargs: Any) -> Any:
-    """Load a pipeline: "shapes" (a miniature Stable Diffusion) and "shapes-flow" (a miniature Stable Diffusion 3) ship with
+    """Load a pipeline: "shapes" (a miniature Stable Diffusion) and "shapes-flow" (the same, of rectified flow) ship with
     diffsteer; anything else is a folder or a hub id.
 
     Keyword arguments go to `DiffusionPipeline.from_pretrained` (torch_dtype, revision, ...).
@@ -42,7 +42,7 @@ def load_pipeline(name: str | Path = "shapes", **kwargs: Any) -> Any:
     """
     from diffusers import DiffusionPipeline
 
-    from diffsteer.embedded import as_trained, load_embedded
+    from diffsteer.embedded import load_embedded
 
     if name in MODELS:
         return load_embedded(str(name), **kwargs)
@@ -53,7 +53,7 @@ def load_pipeline(name: str | Path = "shapes", **kwargs: Any) -> Any:
         index = DiffusionPipeline.load_config(name, **fetching)
         # what was saved as missing: some pipelines (a Stable Diffusion 3 without its T5) want to be told so
         absent = {part: None for part, kind in index.items() if kind == [None, None]}
-        return as_trained(DiffusionPipeline.from_pretrained(name, **absent | kwargs))
+        return DiffusionPipeline.from_pretrained(name, **absent | kwargs)
     except (OSError, ValueError) as error:
         embedded = ", ".join(MODELS)
         first = str(error).strip().split("\n")[0]
@@ -233,25 +233,28 @@ class SteeredPipeline:
 
         Args:
             call: the arguments of the call that decide what it costs (guidance_scale, negative_prompt, strength); others do
-                no harm.
+                no harm. Where one ends guidance on the way (cfg_trunc_ratio, cfg_truncation), fewer evaluations are counted.
             rehearse: a prompt to run two steps with, as often as fits a block of rows, which tells seconds and memory as well;
                 without it they stay empty.
         """
         facts: dict[str, Any] = {}
         guided, steps, size = False, num_inference_steps or 50, Blocks(self.chunk).size
         if not isinstance(self.pipe, CallableModel):
-            from diffsteer.backend import grid_length
             from diffsteer.pipes import check_pipeline, is_guided, skipped_steps
+            from diffsteer.segments import grid_length
             from diffsteer.shapes.models import recommended
 
             family = check_pipeline(self.pipe)
-            facts = {"apart": family.apart, "entered": family.entry == "step"}
+            facts = {"apart": family.apart}
             known = recommended(self.pipe) | {k: v for k, v in call.items() if v is not None}
             guided = is_guided(self.pipe, known)
             asked = num_inference_steps or known.get("num_inference_steps")
             eta = None if self.sampler is None or self.transition == "native" else self.sampler.eta
             steps = grid_length(self.pipe, asked, known, eta)
             facts["further"] = skipped_steps(self.pipe, steps, known)
+            if family.entry == "step" and self.sampler is not None:
+                cut = self.deterministic or (size is not None and size < prompts * self.sampler.particles)
+                facts["entered"] = len(self.sampler.schedule(steps)) if cut else 0
         decoded = self.decoder != "none" if not isinstance(self.pipe, CallableModel) else self.pipe.decode is not None
         said = estimate(
             self.sampler,

@@ -135,14 +135,15 @@ def quiet() -> None:
 
 def is_guided(pipe: Any, call: dict[str, Any]) -> bool:
     """Does a call double its rows for classifier-free guidance?"""
-    name = check_pipeline(pipe).guidance
+    family = check_pipeline(pipe)
+    name = family.guidance
     if not name:
         return False
     parameters = inspect.signature(type(pipe).__call__).parameters
     if name == "true_cfg_scale" and call.get("negative_prompt") is None:
         return False
     embedded = getattr(getattr(getattr(pipe, "unet", None), "config", None), "time_cond_proj_dim", None)
-    return bool(call.get(name, parameters[name].default) > 1 and embedded is None)
+    return bool(call.get(name, parameters[name].default) > family.guided_above and embedded is None)
 
 
 def skipped_steps(pipe: Any, steps: int, call: dict[str, Any]) -> int:

@@ -99,7 +99,7 @@ def estimate(
     chunk: int | None = None,
     experts: int = 1,
     tiny: bool = False,
-    entered: bool = False,
+    entered: int = 0,
     further: int = 0,
 ) -> Ledger:
     """The counts that a run will have, before it runs: equal to what it then counts, the padding of blocks aside.
@@ -110,12 +110,11 @@ def estimate(
         decoded: samples are decoded before they are scored; `tiny`: by a tiny decoder, but for the last time.
         rewards: 0 without a reward, 1 with one, 2 with another for the final choice.
         chunk: rows in a block. experts: predictions that are mixed for each row.
-        entered: states enter each segment by an evaluation of their own, where a chunk cuts the rows.
+        entered: how many segments a row enters by an evaluation of its own.
         further: steps at which every row is evaluated once more.
     """
     rows, events = (prompts, 1) if sampler is None else (prompts * sampler.particles, len(sampler.schedule(steps)))
-    if entered and chunk is not None and chunk < rows:
-        steps += events
+    steps += entered
     return Ledger(
         evaluations=rows * (steps * (1 + guided) + further) * experts,
         forwards=(steps * (1 + (guided and apart)) + further) * math.ceil(rows / (chunk or rows)),

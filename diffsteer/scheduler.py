@@ -19,7 +19,17 @@ from torch import Tensor
 
 from diffsteer.algebra import Level, mixed, noise_std, to_clean, transition
 from diffsteer.control import Control, Follower, Left
-from diffsteer.levels import drop_repeats, native_state, prediction_of, refuse_rising, refuse_transition, scheduler_levels
+from diffsteer.levels import (
+    cut_state,
+    drop_repeats,
+    native_state,
+    prediction_of,
+    refuse_rising,
+    refuse_step,
+    refuse_transition,
+    scheduler_levels,
+)
+from diffsteer.particles import reindex
 from diffsteer.types import UnsupportedError
 
 
@@ -75,10 +85,12 @@ class SteeringMixin:
         """The user's grid and levels; then the part of it that the control wants."""
         super().set_timesteps(*args, **kwargs)  # type: ignore[misc]
         control = self._control
+        self.levels = []
         if control.eta:
             drop_repeats(self)
-        if control.eta or control.native:
+        if control.eta or control.native or (control.eta == 0 and cut_state(self) and prediction_of(self)):
             self.levels = scheduler_levels(self)
+        if control.eta or control.native:
             refuse_rising(self)
         self._grid = self.timesteps.as_subclass(Tensor)
         self._index = None  # not located yet
@@ -153,11 +165,13 @@ class SteeringMixin:
             out = super().step(model_output, timestep, sample, return_dict=True, **own)  # type: ignore[misc]
             x_next, estimate = out.prev_sample, getattr(out, "pred_original_sample", None)
             x0 = x_next if estimate is None else estimate
-            if control.native:
+            if control.native or (control.eta == 0 and self.levels):
                 x0 = self._clean(k, model_output, sample)[0]
         self._index = k + 1
         control.at, control.moved = k, None
         x_next = control.arrived(k, len(self._grid), x_next.to(sample.dtype), x0, generator)
+        if control.moved is not None:  # some pipelines show the estimate
+            x0 = reindex(x0.view(*control.moved.shape, *x0.shape[1:]), control.moved).flatten(0, 1)
         x_next, x0 = self._for_every_row(x_next), self._for_every_row(x0)
         return _StepOutput(x_next, x0) if return_dict else (x_next, x0)
 
@@ -245,6 +259,7 @@ def install(scheduler: Any, control: Control) -> Any:
     cls = type(scheduler)
     if issubclass(cls, SteeringMixin):
         raise UnsupportedError(f"{cls.__name__} is steered already: give the scheduler that it was made from")
+    refuse_step(scheduler)
     if control.eta:
         refuse_transition(scheduler)
     if control.native:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffsteer import rng
 from diffsteer.control import Control
+from diffsteer.scheduler import install
 from diffsteer.selection import Selection
 from diffsteer.types import UnsupportedError
 
@@ -20,12 +21,16 @@ if TYPE_CHECKING:
     from diffsteer.backend import DiffusersSession
 
 
-def only_latents(callback: Any) -> dict[str, Any]:
-    """A user's callback for a segment: the next segment would not know what it changes beside the latents."""
+def only_latents(callback: Any, behind: int) -> dict[str, Any]:
+    """A user's callback for a segment: the next segment would not know what it changes beside the latents.
+
+    Args:
+        behind: steps that the pipeline's loop does not count.
+    """
 
     def watched(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> Any:
         before, scale = dict(tensors), pipe._guidance_scale
-        returned = callback(pipe, index, timestep, tensors)
+        returned = callback(pipe, index + behind, timestep, tensors)
         changed = [name for name, v in (returned or {}).items() if name != "latents" and v is not before.get(name)]
         changed += ["guidance_scale"] if pipe._guidance_scale != scale else []
         if changed:
@@ -98,8 +103,8 @@ class SegmentControl(Control):
 
     def begin(self, scheduler: Any) -> None:
         """A call of the pipeline has set its grid, and with it forgotten what the solver knew."""
-        if self.native and self.start:
-            self.session.remind(scheduler, self.rows)
+        if self.start:
+            self.session.history.remind(scheduler, self.rows, self.start)
 
     def keys(self) -> tuple[int, list[tuple[rng.Id, int]]]:
         return self.session.seed, [self.session.key(r) for r in self.rows]
@@ -124,10 +129,36 @@ class SegmentControl(Control):
         if self.select is not None and done in self.select.events:
             x = self.select(done, x, x0)
             self.moved = self.select.moved
-            if self.native:
-                session = self.session
-                session.keep(self.pipe.scheduler, self.rows)
-                session.follow(self.select.infos[-1].ancestors)
-                session.remind(self.pipe.scheduler, self.rows)
+            history, scheduler = self.session.history, self.pipe.scheduler
+            history.keep(scheduler, self.rows, done)
+            history.follow(self.select.infos[-1].ancestors, done)
+            history.remind(scheduler, self.rows, done)
         self.x, self.x0 = x, x0
         return x
+
+
+def grid_length(pipe: Any, steps: int | None, call: dict[str, Any], eta: float | None) -> int:
+    """How many transitions a call with so many steps makes: more for solvers with inner steps, fewer for a picture's strength.
+
+    Args:
+        steps: None is the default of the pipeline.
+        call: the pipeline's own arguments.
+        eta: of diffsteer's transition, which takes no inner steps; None or 0 for the user's own solver.
+    """
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    steps = int(parameters["num_inference_steps"].default if steps is None else steps)
+    control = Control()
+    control.eta = eta
+    scheduler = install(pipe.scheduler, control)
+    custom = {k: list(call[k]) for k in ("timesteps", "sigmas") if call.get(k) is not None}
+    steps = len(next(iter(custom.values()))) if custom else steps
+    mu = {"mu": 1.0} if getattr(scheduler.config, "use_dynamic_shifting", False) else {}  # moves levels, but makes no more
+    try:
+        scheduler.set_timesteps(**(custom or {"num_inference_steps": steps}), **mu)  # type: ignore[dict-item]
+    except (ValueError, TypeError):
+        return steps  # some grids are made by the pipeline, as long as asked
+    length = len(scheduler.timesteps)
+    if "strength" not in parameters:
+        return length
+    strength = float(call.get("strength", parameters["strength"].default))
+    return length - (steps - min(int(steps * strength), steps)) * int(scheduler.order)

@@ -107,7 +107,11 @@ class Selection:
     def __init__(self, sampler: Sampler, problem: Problem, scorer: Scorer, watch: Callable[[Info], None] | None = None) -> None:
         self.sampler, self.problem, self.scorer, self.watch = sampler, problem, scorer, watch
         self.events = sampler.schedule(problem.steps)
-        self.state: Any = sampler.init(problem)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was selected."""
+        self.state: Any = self.sampler.init(self.problem)
         self.infos: list[Info] = []
         self.samples: Tensor | None = None  # of the end
         self.moved: Tensor | None = None  # the ancestors of the last event, where anyone was replaced

@@ -199,11 +199,11 @@ class Session(ABC):
             with torch.no_grad():
                 arrival = self.segment(x, at, event)
                 x, at = select(event, arrival.x, arrival.x0), event
-                self.follow(select.infos[-1].ancestors)
+                self.follow(select.infos[-1].ancestors, event)
         return x
 
-    def follow(self, ancestors: Tensor) -> None:  # noqa: B027
-        """Rows have become copies of others: what a session keeps of rows beside their states goes with them."""
+    def follow(self, ancestors: Tensor, index: int) -> None:  # noqa: B027
+        """Rows have become copies of others at a level: what a session keeps of them beside their states goes with them."""
 
     @abstractmethod
     def _segment(self, x: Tensor, start: int, stop: int, rows: Sequence[int]) -> Arrival:

@@ -1,23 +1,30 @@
-"""How the flow model of the shapes world is trained and saved: a miniature Stable Diffusion 3 on the same autoencoder."""
+"""How the flow model of the shapes world is trained and saved: the first painter's networks, taught to predict velocities."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from shapes_networks import FlowPainter
+from shapes_networks import SCHEDULE, Painter
 from shapes_training import pixels, tokenize, train
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffsteer.shapes.models import WEIGHTS
+from diffsteer.shapes.models import MODELS, WEIGHTS
 
-FLOW_STEPS, BATCH, RATE = 7_500, 64, 3e-3
+FLOW_STEPS, BATCH, RATE = 4_500, 48, 1.2e-3
 # Of the scheduler that ships, and of the noise levels in training: places and colours are decided where noise is high.
 SHIFT = 1.5
-OUT, TOKENIZER = WEIGHTS / "sd3", WEIGHTS / "sd" / "tokenizer"
+FLOW: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "flow_shift": SHIFT,
+}
+TOKENIZER = WEIGHTS / "sd" / "tokenizer"
 
 
 @torch.no_grad()
@@ -32,12 +39,43 @@ def stage_encode(work: Path) -> None:
     torch.save(z.half(), work / "latents_shipped.pt")
 
 
+def first_painter() -> Painter:
+    from safetensors.torch import load_file
+
+    text = load_file(WEIGHTS / "sd" / "text_encoder" / "model.safetensors")
+    unet = load_file(WEIGHTS / "sd" / "unet" / "diffusion_pytorch_model.safetensors")
+    painter = Painter(max(v.shape[0] for k, v in text.items() if k.endswith("token_embedding.weight")))
+    painter.text_encoder.load_state_dict({k: v.float() for k, v in text.items()})
+    painter.unet.load_state_dict({k: v.float() for k, v in unet.items()})
+    return painter
+
+
+def translate_times(unet: nn.Module, steps: int = 2_000) -> None:
+    """Let the network read 1000 s where it used to read the timestep of DDPM's schedule with the same signal-to-noise ratio."""
+    from diffusers import DDIMScheduler
+
+    bars = DDIMScheduler(**SCHEDULE).alphas_cumprod
+    s = torch.linspace(0.002, 0.998, 1000)
+    t = (bars[None].logit() - 2 * ((1 - s) / s).log()[:, None]).abs().argmin(1)
+    with torch.no_grad():
+        wanted = unet.time_embedding(unet.time_proj(t))
+    optimizer = torch.optim.Adam(unet.time_embedding.parameters(), lr=1e-3)
+    for _ in range(steps):
+        loss = (unet.time_embedding(unet.time_proj(1000 * s)) - wanted).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    print(f"times translated to {float(loss.sqrt() / wanted.std()):.3f}")
+
+
 def stage_flow(work: Path) -> None:
     """Rectified flow: x = (1 - s) z + s noise, the network predicts noise - z; 10 % of the captions are left out."""
     torch.manual_seed(5)
     latents = torch.load(work / "latents_shipped.pt", weights_only=True)
     ids = tokenize(TOKENIZER, (work / "captions.txt").read_text().split("\n")[: len(latents)])
-    empty, painter = tokenize(TOKENIZER, [""]), FlowPainter(int(ids.max()) + 1)
+    empty, painter = tokenize(TOKENIZER, [""]), first_painter()
+    if not (work / "flow.ckpt").exists():
+        translate_times(painter.unet)
 
     def loss_of(step: int) -> Tensor:
         rng = torch.Generator().manual_seed(4 * 10**6 + step)
@@ -48,36 +86,30 @@ def stage_flow(work: Path) -> None:
         words = torch.where(torch.rand(BATCH, 1, generator=rng) < 0.1, empty, ids[rows])
         return (painter((1 - s) * z + s * noise, 1000 * s.flatten(), words) - (noise - z)).square().mean()
 
-    trained = train("flow", work, painter, loss_of, FLOW_STEPS, RATE, matrices=painter.matrices())
-    torch.save(trained.state_dict(), work / "flow.pt")
+    torch.save(train("flow", work, painter, loss_of, FLOW_STEPS, RATE).state_dict(), work / "flow.pt")
 
 
-def stage_export_flow(work: Path, out: Path = OUT) -> None:
-    """Without autoencoder and tokenizers, which are those of `weights/sd`; `load_pipeline` puts them in."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+def stage_export_flow(work: Path, out: Path = MODELS["shapes-flow"]) -> None:
+    """Without autoencoder and tokenizer, which are those of the first model; `load_pipeline` puts them in."""
+    from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
     from transformers import CLIPTokenizer
 
-    weights = torch.load(work / "flow.pt", weights_only=True)
-    painter = FlowPainter(len(weights["text_encoder.text_model.embeddings.token_embedding.weight"]))
-    painter.load_state_dict(weights)
-    pipe = StableDiffusion3Pipeline(
-        transformer=painter.transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+    painter = first_painter()
+    painter.load_state_dict(torch.load(work / "flow.pt", weights_only=True))
+    pipe = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(WEIGHTS / "sd" / "vae"),
         text_encoder=painter.text_encoder,
         tokenizer=CLIPTokenizer.from_pretrained(TOKENIZER),
-        text_encoder_2=painter.text_encoder_2,
-        tokenizer_2=CLIPTokenizer.from_pretrained(TOKENIZER),
-        text_encoder_3=None,
-        tokenizer_3=None,
+        unet=painter.unet,
+        scheduler=DPMSolverMultistepScheduler(**FLOW),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
     shutil.rmtree(out, ignore_errors=True)
     pipe.to(torch.float16).save_pretrained(out, safe_serialization=True)
-    index = json.loads((out / "model_index.json").read_text())
-    for name in ("vae", "tokenizer", "tokenizer_2"):
+    for name in ("vae", "tokenizer"):
         shutil.rmtree(out / name)
-    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    for name in ("text_encoder", "text_encoder_2"):  # as in the first model: a plain load would keep half precision here alone
-        config = out / name / "config.json"
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2))
+    config = out / "text_encoder" / "config.json"  # as in the first model: a plain load would keep half precision here alone
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2))
     print(sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6, "MB")

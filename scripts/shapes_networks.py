@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from diffsteer.shapes.tokenizer import CONTEXT, make_tokenizer
@@ -108,65 +107,3 @@ def make_clip(folder: Path, name: str) -> nn.Module:
     preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2))
     return open_clip.create_model(f"local-dir:{folder}", load_weights=False)
-
-
-class FlowPainter(nn.Module):
-    """Two text encoders and a Stable Diffusion 3 transformer, trained as one: predicts noise minus clean latents.
-
-    The conditions are put together as `StableDiffusion3Pipeline` does without a T5: one empty token stands for its text.
-    """
-
-    def __init__(self, vocab: int, width: int = 96, layers: int = 5, text: int = 64) -> None:
-        from diffusers import SD3Transformer2DModel
-        from transformers import CLIPTextModelWithProjection
-
-        super().__init__()
-
-        config = text_config(vocab, width=text, layers=3, heads=2)
-        self.text_encoder, self.text_encoder_2 = (CLIPTextModelWithProjection(config) for _ in range(2))
-        self.transformer = SD3Transformer2DModel(
-            sample_size=16,
-            patch_size=2,
-            in_channels=4,
-            out_channels=4,
-            num_layers=layers,
-            attention_head_dim=32,
-            num_attention_heads=width // 32,
-            joint_attention_dim=2 * text,
-            caption_projection_dim=width,
-            pooled_projection_dim=2 * text,
-            pos_embed_max_size=8,
-            qk_norm="rms_norm",
-        )
-        begin_as_identity(self.transformer)
-
-    def matrices(self) -> list[nn.Parameter]:
-        """Those that carry the blocks' features, without their modulations."""
-        blocks = self.transformer.transformer_blocks
-        return [p for b in blocks for name, p in b.named_parameters() if p.ndim == 2 and "norm" not in name]
-
-    def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        read = [encoder(ids, output_hidden_states=True) for encoder in (self.text_encoder, self.text_encoder_2)]
-        words = torch.cat([r.hidden_states[-2] for r in read], -1)
-        words = torch.cat([words, words.new_zeros(len(words), 1, words.shape[-1])], 1)
-        pooled = torch.cat([r[0] for r in read], -1)
-        return self.transformer(x, encoder_hidden_states=words, pooled_projections=pooled, timestep=t, return_dict=False)[0]
-
-
-def begin_as_identity(transformer: nn.Module) -> None:
-    """Initial weights of a diffusion transformer (Peebles and Xie, 2023, arXiv 2212.09748): every block and the output begin at
-    zero. diffusers' own, PyTorch's defaults, take twice the steps to the same loss."""
-    for module in transformer.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-    patches = transformer.pos_embed.proj
-    nn.init.xavier_uniform_(patches.weight.view(len(patches.weight), -1))
-    nn.init.zeros_(patches.bias)
-    for embedder in (transformer.time_text_embed.timestep_embedder, transformer.time_text_embed.text_embedder):
-        nn.init.normal_(embedder.linear_1.weight, std=0.02)
-        nn.init.normal_(embedder.linear_2.weight, std=0.02)
-    modulations = [n for b in transformer.transformer_blocks for n in (b.norm1.linear, b.norm1_context.linear)]
-    for module in (*modulations, transformer.norm_out.linear, transformer.proj_out):
-        nn.init.zeros_(module.weight)
-        nn.init.zeros_(module.bias)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,48 +28,30 @@ def tokenize(folder: Path, captions: list[str]) -> Tensor:
 
 
 def train(
-    name: str,
-    work: Path,
-    model: nn.Module,
-    loss_of: Callable[[int], Tensor],
-    steps: int,
-    lr: float,
-    decay: float = 0.999,
-    matrices: Sequence[nn.Parameter] = (),
+    name: str, work: Path, model: nn.Module, loss_of: Callable[[int], Tensor], steps: int, lr: float, decay: float = 0.999
 ) -> nn.Module:
-    """AdamW with a one-cycle rate; returns the weights averaged (exponentially) over the second half.
-
-    Args:
-        matrices: parameters that Muon moves instead (Jordan et al., 2024), at three times the rate.
-    """
-    apart = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in apart]
-    optimizers: list[Any] = [torch.optim.AdamW(rest, lr=lr, weight_decay=1e-3, betas=(0.9, 0.98))]
-    if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=3 * lr, weight_decay=1e-3, adjust_lr_fn="match_rms_adamw"))
-    schedules = [
-        torch.optim.lr_scheduler.OneCycleLR(o, o.param_groups[0]["lr"], total_steps=steps, pct_start=0.1, cycle_momentum=i == 0)
-        for i, o in enumerate(optimizers)
-    ]
+    """AdamW with a one-cycle rate; returns the weights averaged (exponentially) over the second half."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-3, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     average, path = copy.deepcopy(model), work / f"{name}.ckpt"
     start, seconds = 0, 0.0
     if path.exists():
         saved = torch.load(path, weights_only=True)
         model.load_state_dict(saved["model"])
         average.load_state_dict(saved["average"])
-        for part, state in zip([*optimizers, *schedules], saved["optimizers"], strict=True):
-            part.load_state_dict(state)
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
         start, seconds = saved["step"], saved["seconds"]
     model.train()
     clock, recent, saved_at = time.time() - seconds, [], time.time()
     for step in range(start, steps):
         torch.manual_seed(step)
         loss = loss_of(step)
-        model.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for part in (*optimizers, *schedules):
-            part.step()
+        optimizer.step()
+        schedule.step()
         with torch.no_grad():
             keep = decay if step > steps // 2 else 0.0
             for a, b in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
@@ -86,8 +67,9 @@ def train(
                 "step": step + 1,
                 "seconds": time.time() - clock,
             }
-            parts = [part.state_dict() for part in (*optimizers, *schedules)]
-            torch.save(state | {"optimizers": parts}, path.with_suffix(".new"))
+            torch.save(
+                state | {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, path.with_suffix(".new")
+            )
             path.with_suffix(".new").replace(path)
     return average.eval()
 

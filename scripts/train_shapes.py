@@ -9,7 +9,8 @@
     python scripts/train_shapes.py clip_halfway --work DIR    and on what is being painted  (2 h on one core)
     python scripts/train_shapes.py clip2 --work DIR     a second, smaller one               (30 min on one core)
     python scripts/train_shapes.py encode --work DIR    encode the scenes with the autoencoder that ships (2 min)
-    python scripts/train_shapes.py flow --work DIR      a miniature Stable Diffusion 3 on those latents
+    python scripts/train_shapes.py flow --work DIR      the painter as a rectified flow, on those (30 min on one core)
+    python scripts/train_shapes.py export_flow --work DIR     and into diffsteer/shapes/weights
     python scripts/train_shapes.py export --work DIR    fp16 safetensors into diffsteer/shapes/weights
 
 Every stage keeps a checkpoint in DIR and goes on from it when it is started again; batches are keyed by the step, so an

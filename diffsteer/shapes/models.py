@@ -9,15 +9,11 @@ from pathlib import Path
 from typing import Any
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
-MODELS = {"shapes": WEIGHTS / "sd"}
+MODELS = {"shapes": WEIGHTS / "sd", "shapes-flow": WEIGHTS / "sd-flow"}
 # What a model has from another folder.
-SHARED = {
-    "shapes-flow": {"vae": WEIGHTS / "sd" / "vae", **dict.fromkeys(("tokenizer", "tokenizer_2"), WEIGHTS / "sd" / "tokenizer")}
-}
+SHARED = {"shapes-flow": {"vae": WEIGHTS / "sd" / "vae", "tokenizer": WEIGHTS / "sd" / "tokenizer"}}
 CLIP = WEIGHTS / "clip"
 DEFAULTS = WEIGHTS / "defaults.json"
-# The denoiser and its first layer, by which a model is known again.
-_FIRST = {"shapes": ("unet", "conv_in.weight"), "shapes-flow": ("transformer", "pos_embed.proj.weight")}
 
 
 @functools.cache
@@ -31,21 +27,18 @@ def _first_weights() -> dict[str, Any]:
     from safetensors import safe_open
 
     found = {}
-    for name in MODELS:
-        part, layer = _FIRST[name]
-        with safe_open(MODELS[name] / part / "diffusion_pytorch_model.safetensors", framework="pt") as file:
-            found[name] = file.get_tensor(layer)
+    for name, path in MODELS.items():
+        with safe_open(path / "unet" / "diffusion_pytorch_model.safetensors", framework="pt") as file:
+            found[name] = file.get_tensor("conv_in.weight")
     return found
 
 
 def embedded_name(pipe: Any) -> str:
     """Which of the package's own weights a pipeline has, wherever it was loaded from; "" if none. Told by the denoiser's first
     layer."""
-    for name in MODELS:
-        part, layer = _FIRST[name]
-        weight = functools.reduce(lambda found, key: getattr(found, key, None), [part, *layer.split(".")], pipe)
-        if weight is not None:
-            own = _first_weights()[name]
+    weight = getattr(getattr(getattr(pipe, "unet", None), "conv_in", None), "weight", None)
+    if weight is not None:
+        for name, own in _first_weights().items():
             if own.shape == weight.shape and bool((weight.cpu() == own.to(weight.dtype)).all()):
                 return name
     return ""

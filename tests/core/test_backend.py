@@ -227,11 +227,11 @@ def test_negative_prompts_and_guidance_reach_the_pipeline(toy_pipeline: Any) -> 
         pipe(PROMPTS, negative_prompt=["a", "b", "c"])
 
 
-def test_the_users_solver_is_not_cut(toy_pipeline: Any) -> None:
-    session = open_session(with_scheduler(toy_pipeline, "UniPCMultistepScheduler"), eta=0.0)
+def test_a_solver_whose_history_is_not_known_is_not_cut(toy_pipeline: Any) -> None:
+    session = open_session(with_scheduler(toy_pipeline, "PNDMScheduler"), eta=0.0)
     x = session.noise()
-    assert session.segment(x, 0, STEPS).x.isfinite().all()
-    with pytest.raises(UnsupportedError, match="UniPCMultistepScheduler itself, which runs from 0 to 6 only"):
+    assert session.segment(x, 0, session.steps).x.isfinite().all()
+    with pytest.raises(UnsupportedError, match="PNDMScheduler itself, which runs from 0 to 7 only, not 0 to 3"):
         session.segment(x, 0, 3)
 
 

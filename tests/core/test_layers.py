@@ -25,7 +25,7 @@ FLOORS = [
     ["tiny"],
     ["pipes", "embedded"],
     ["control"],
-    ["selection", "scheduler"],
+    ["selection", "scheduler", "history"],
     ["segments"],
     ["session"],
     ["callable", "run", "backend"],

@@ -73,7 +73,8 @@ def test_the_result_is_that_of_the_survivors_simulated_alone(toy_pipeline: Any, 
             x = session.noise([row])
             for slot, stop in zip(slots, [*cuts, end], strict=True):
                 if at:  # the survivor goes on in its new slot, and takes what its solver remembers along
-                    session._history[3 * p + slot] = session._history[row]
+                    if (row, at) in session.history._rows:
+                        session.history._rows[3 * p + slot, at] = session.history._rows[row, at]
                     row = 3 * p + slot
                 x, at = session.segment(x, at, stop, [row]).x, stop
             torch.testing.assert_close(x[0], out.latents[p, k], rtol=1e-3, atol=1e-4)
@@ -102,6 +103,66 @@ def test_ddim_at_eta_one_is_our_own_transition(toy_pipeline: Any) -> None:
     native, own = open_session(toy_pipeline), open_session(toy_pipeline, transition="own")
     x = own.noise()
     torch.testing.assert_close(native.segment(x, 0, 1).x0, own.segment(x, 0, 1).x0)
+
+
+def test_the_same_step_may_be_taken_twice(toy_pipeline: Any) -> None:
+    """What a solver remembers belongs to a row at a level: walking on from there again gives the same again."""
+    session = open_session(with_scheduler(toy_pipeline, "DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++"))
+    x = session.segment(session.noise(), 0, 3).x
+    first = session.segment(x, 3, STEPS)
+    assert torch.equal(session.segment(x, 3, STEPS).x, first.x)
+    found, arrival = session.gradient(x, 3, lambda x0, rows: x0.flatten(1).sum(1))
+    assert torch.equal(session.segment(x, 3, 4).x, arrival.x) and bool(found.isfinite().all())
+    with pytest.raises(UnsupportedError, match="remembers its last steps, and row 0 was not carried to step 4 before"):
+        open_session(session.user).segment(x, 4, STEPS)
+    with pytest.raises(UnsupportedError, match="remembers its last steps, which get no gradient"):
+        session.trajectory(session.noise())
+
+
+CUTTABLE: dict[str, dict[str, Any]] = {
+    "DDIMScheduler": {},
+    "EulerDiscreteScheduler": {},
+    "DPMSolverMultistepScheduler": {},
+    "DPMSolverMultistepScheduler of third order": {"solver_order": 3},
+    "DEISMultistepScheduler": {},
+    "UniPCMultistepScheduler": {},
+}
+
+
+@pytest.mark.parametrize("name", CUTTABLE)
+def test_deterministic_solvers_are_cut_too(toy_pipeline: Any, name: str) -> None:
+    """With eta = 0 the user's own solver, bit for bit the plain pipeline: in pieces, in blocks, some rows only, and twice."""
+    pipe = with_scheduler(toy_pipeline, name.split()[0], **CUTTABLE[name])
+    session = open_session(pipe, transition="own", eta=0.0)
+    x = session.noise()
+    whole = session.segment(x, 0, STEPS).x
+    start = x / float(pipe.scheduler.init_noise_sigma) if "Euler" not in name else None
+    if start is not None:
+        texts = [p for p in PROMPTS for _ in range(3)]
+        assert torch.equal(pipe(texts, latents=start, num_inference_steps=STEPS, output_type="latent").images, whole)
+    y, at = x, 0
+    for stop in (1, 3, 4, STEPS):
+        before, y, at = y, session.segment(y, at, stop).x, stop
+    assert torch.equal(y, whole) and torch.equal(session.segment(before, 4, STEPS).x, whole)
+    torch.testing.assert_close(session.segment(before[[4, 1]], 4, STEPS, rows=[4, 1]).x, whole[[4, 1]], rtol=1e-3, atol=1e-4)
+    blocks = open_session(pipe, transition="own", eta=0.0, chunk=4)
+    z = blocks.segment(blocks.segment(x, 0, 3).x, 3, STEPS).x
+    torch.testing.assert_close(z, whole, rtol=1e-3, atol=1e-4)
+
+
+def test_the_whole_path_of_a_plain_solver_has_a_gradient(toy_pipeline: Any) -> None:
+    """Of the ODE, eta = 0, against a finite difference."""
+    pipe = copy.copy(toy_pipeline)
+    for name in ("unet", "text_encoder", "vae"):
+        setattr(pipe, name, copy.deepcopy(getattr(pipe, name)).double())
+    session = open_session(pipe, transition="own", eta=0.0, particles=1)
+    z = session.noise()
+    along = torch.randn(z.shape, generator=torch.Generator().manual_seed(1)).to(z)
+    leaf = z.clone().requires_grad_(True)
+    found = torch.autograd.grad(session.trajectory(leaf).square().sum(), leaf)[0]
+    with torch.no_grad():
+        up, down = (session.segment(z + s * along, 0, STEPS).x.square().sum() for s in (1e-5, -1e-5))
+    assert float((found * along).sum()) == pytest.approx(float(up - down) / 2e-5, rel=1e-4)
 
 
 def test_others_are_refused_by_name(toy_pipeline: Any) -> None:
