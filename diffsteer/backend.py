@@ -68,6 +68,8 @@ class DiffusersSession(Session):
         super().__init__(prompts, **keys)
         self.family, self.native = check_pipeline(pipe), transition == "native"
         self.makes = self.family.makes
+        if self.family.mixed and keys.get("deterministic"):
+            raise UnsupportedError(f"{type(pipe).__name__} cannot be deterministic: {self.family.mixed}")
         self.history = History(pipe.scheduler, self.native, self.eta)
         self._prepared: dict[Any, Any] = {}  # by rows: what the pipeline made of pictures
         call = recommended(pipe) | (call or {})
@@ -115,7 +117,9 @@ class DiffusersSession(Session):
             given = [negative_prompt] * len(self.prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
             each["negative_prompt"] = given
         for name, values in each.items():
-            if len(values) != len(self.prompts):
+            if len(values) == 1:
+                each[name] = values * len(self.prompts)
+            elif len(values) != len(self.prompts):
                 what = name.replace("_", " ") + ("s" if len(values) != 1 else "")
                 raise DiffsteerError(f"{len(values)} {what} for {len(self.prompts)} prompts; give one, or one each")
         return each
@@ -130,6 +134,8 @@ class DiffusersSession(Session):
             raise DiffsteerError(f"{name}: {error}") from error
         scheduler = self.shadow.scheduler
         self.steps = len(scheduler._grid) - control.skipped
+        if self.steps < 1:
+            raise DiffsteerError(f"{type(self.user).__name__}: this strength= and num_inference_steps= leave no step to take")
         self.levels = scheduler.levels[control.skipped :]
         self._noise_scale = float(scheduler.own_init_noise_sigma)
         self.shape, self._dtype, self._device = tuple(first.shape[1:]), first.dtype, first.device

@@ -7,6 +7,7 @@ images = pipe(prompts, num_images_per_prompt=4).images
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,7 +100,8 @@ class Steering(Control):
         seen = "latents" if self.decode is None else "pixels"
         self.reward = None if reward is None else as_reward(reward, seen)
         self.choice = None if choice is None else as_reward(choice, seen)
-        made = family_of(decoder)
+        self.pipe_of_decoder = _pipe_of(decoder)
+        made = family_of(self.pipe_of_decoder)
         check_inputs(self.decode is not None, self.reward, self.choice, makes=made.makes if made else "")
         check_size(chunk)
         self.chunk = chunk
@@ -156,10 +158,10 @@ class Steering(Control):
         problem = Problem(len(self.prompts), total, max(noisy, default=-1), self.seed, self.ids)
         scorer = Scorer(self.reward, self.decode, self.prompts, self.ledger, self.embedded, Blocks(self.chunk))
         self.selection = Selection(self.sampler, problem, scorer)
-        if len(self.selection.events) > 1 and hasattr(self.decoder, "scheduler"):
+        if len(self.selection.events) > 1 and self.pipe_of_decoder is not None:
             from diffsteer.pipes import refuse_caches
 
-            refuse_caches(self.decoder)
+            refuse_caches(self.pipe_of_decoder)
         return self.selection
 
     def _finish(self, selection: Selection, x: Tensor) -> Tensor:
@@ -177,6 +179,13 @@ class Steering(Control):
         self.log_z, self.trace = selection.state.log_z, Trace(tuple(selection.infos))
         self.ledger.close()
         return reindex(x.view(*rewards.shape, *x.shape[1:]), order).flatten(0, 1)
+
+
+def _pipe_of(decoder: Any) -> Any:
+    """The pipeline that decodes: itself, or by `decoder_of`."""
+    if isinstance(decoder, partial) and decoder.args:
+        decoder = decoder.args[0]
+    return decoder if hasattr(decoder, "scheduler") else None
 
 
 def _decoder(decoder: Any) -> tuple[Callable[[Tensor], Tensor] | None, bool]:
@@ -202,5 +211,10 @@ def _decoder(decoder: Any) -> tuple[Callable[[Tensor], Tensor] | None, bool]:
 
         return decode, is_embedded(decoder)
     if callable(decoder):
-        return decoder, False
+        pipe = _pipe_of(decoder)
+        if pipe is None:
+            return decoder, False
+        from diffsteer.shapes.models import is_embedded
+
+        return decoder, is_embedded(pipe)
     raise DiffsteerError(f'decoder={decoder!r}; valid: the pipeline, a callable latents -> samples, or "none"')

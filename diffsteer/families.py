@@ -36,6 +36,7 @@ class Family:
         together: conditions of one row depend on the other rows', so all are encoded at once.
         prompt: the argument that a session's prompts enter by; "batch_size" takes their number alone.
         guidance: the argument whose values above `guided_above` double the evaluations; "" where none does.
+        mixed: why a row's bits depend on the other rows of its call; "" where they do not.
         by_index: arguments that take effect by the loop's own count of steps, where that is lost in a run in pieces.
         apart: guidance evaluates the denoiser in two forwards of N rows, not in one of 2 N.
         tiny: where its published tiny decoder lies; "" where there is none.
@@ -54,11 +55,13 @@ class Family:
     guided_above: float = 1.0
     returns_states: bool = True
     left: bool = False
+    mixed: str = ""
     by_index: tuple[str, ...] = ()
     apart: bool = False
     tiny: str = ""
 
 
+TOGETHER = "it pads the texts of a call to one length"
 SECOND_STREAM = "its sound is a second stream with states of its own"
 
 FAMILIES: dict[str, Family] = {
@@ -72,7 +75,7 @@ FAMILIES: dict[str, Family] = {
     "StableDiffusion3Pipeline": Family(decoding.image, tiny="madebyollin/taesd3"),
     "FluxPipeline": Family(decoding.packed, guidance="true_cfg_scale", apart=True, tiny="madebyollin/taef1"),
     "Flux2Pipeline": Family(decoding.patched, enter=decoding.unpacked, guidance="", tiny="madebyollin/taef2"),
-    "QwenImagePipeline": Family(decoding.packed_video_vae, guidance="true_cfg_scale", apart=True),
+    "QwenImagePipeline": Family(decoding.packed_video_vae, guidance="true_cfg_scale", apart=True, mixed=TOGETHER),
     "ZImagePipeline": Family(decoding.image, guided_above=0.0, tiny="madebyollin/taef1"),
     "PixArtSigmaPipeline": Family(decoding.image, tiny="madebyollin/taesdxl"),
     "SanaPipeline": Family(decoding.image),
@@ -86,7 +89,7 @@ FAMILIES: dict[str, Family] = {
     "LTX2Pipeline": Family(decoding.packed_video, makes="video", no_reentry=SECOND_STREAM, returns_states=False, left=True),
     "HunyuanVideoPipeline": Family(decoding.scaled_video, makes="video", guidance="true_cfg_scale", apart=True),
     "StableAudioPipeline": Family(decoding.sound, makes="sound"),
-    "AudioLDM2Pipeline": Family(decoding.spectrogram, makes="sound", together=True),
+    "AudioLDM2Pipeline": Family(decoding.spectrogram, makes="sound", together=True, mixed=TOGETHER),
     "DDPMPipeline": Family(decoding.pixels, entry="step", prompt="batch_size", guidance="", returns_states=False, left=True),
     "DiTPipeline": Family(decoding.image, entry="step", doubled=True, prompt="class_labels", returns_states=False, left=True),
 }

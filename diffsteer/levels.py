@@ -48,7 +48,7 @@ def native_state(scheduler: Any) -> tuple[str, ...]:
     """
     config, names = scheduler.config, [cls.__name__ for cls in type(scheduler).__mro__]
     found = next((NATIVE[name] for name in names if name in NATIVE), None)
-    if found is None or (found and "sde" not in config.algorithm_type):
+    if found is None or (found and config.algorithm_type != "sde-dpmsolver++"):
         own = "of its own noise" if found is None else f"with algorithm_type={config.algorithm_type!r}"
         raise UnsupportedError(
             f"{type(scheduler).__name__} {own} is no transition to resample after; transition=native takes "

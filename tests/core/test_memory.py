@@ -43,6 +43,12 @@ def guide(particles, steps):
         x = session.gradient(x, i, lambda x0, rows: x0.flatten(1).sum(1))[1].x
 
 
+def path(particles, steps):
+    session = DiffusersSession(pipe, ["a star"], particles=particles, seed=0, num_inference_steps=steps, call=call)
+    x = session.noise().requires_grad_(True)
+    torch.autograd.grad(session.trajectory(x).square().sum(), x)
+
+
 {what}(1, 2)
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")  # the highest level starts anew
@@ -68,3 +74,8 @@ def test_many_particles_in_blocks_need_what_a_few_do() -> None:
 def test_gradients_need_the_same_whatever_the_number_of_steps() -> None:
     few, many = needed("guide", 4, 2), needed("guide", 4, 12)
     assert few > 2**20 and many <= 1.1 * few, (few, many)
+
+
+def test_a_whole_path_needs_what_one_step_does_and_its_states() -> None:
+    few, many = needed("path", 4, 2), needed("path", 4, 12)
+    assert few > 2**20 and many <= 1.3 * few, (few, many)

@@ -12,7 +12,8 @@ from families.test_families import CARRIED, PROMPTS, built, call_of, level_of, p
 from families.toys import TOYS
 from torch import Tensor
 
-from diffsteer import SteeredPipeline, UnsupportedError, steered
+from diffsteer import DiffsteerError, SteeredPipeline, UnsupportedError, decoder_of, rng, steered
+from diffsteer.control import Control, Follower
 from diffsteer.families import FAMILIES
 from diffsteer.pipes import denoisers_of
 from diffsteer.samplers import BestOfN, FeynmanKac
@@ -191,3 +192,55 @@ def test_arguments_that_count_steps_want_one_call() -> None:
     assert out.ledger.evaluations < 2 * 2 * 2 * 5, "guidance ends on the way"
     with pytest.raises(UnsupportedError, match="Lumina2Pipeline counts the steps of its call for cfg_trunc_ratio"):
         SteeredPipeline(pipe, FeynmanKac(2, events=(0.5,)), level_of, chunk=2)(PROMPTS, seed=0, **call)
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_deterministic_bits_or_a_refusal(name: str) -> None:
+    """A prompt alone and beside another."""
+    toy, call, facts = TOYS[name], call_of(TOYS[name]), FAMILIES[name.split()[0]]
+    pipe = SteeredPipeline(built(name), BestOfN(2), level_of, output="all", decoder="none", deterministic=True, chunk=2)
+    alone = {k: v[:1] if k in toy.each else v for k, v in call.items()}
+    if facts.no_reentry or facts.mixed:
+        with pytest.raises(
+            UnsupportedError, match="runs all particles in one call" if facts.no_reentry else "cannot be deterministic"
+        ):
+            pipe(prompts_of(toy), seed=0, **call)
+        return
+    both, first = pipe(prompts_of(toy), seed=0, **call), pipe(prompts_of(toy)[:1], seed=0, **alone)
+    assert torch.equal(both.latents[:1], first.latents)
+
+
+def test_one_picture_is_for_all_and_some_strength_is_needed() -> None:
+    toy = TOYS["StableDiffusionImg2ImgPipeline"]
+    pipe, call = SteeredPipeline(built("StableDiffusionImg2ImgPipeline"), BestOfN(2), level_of, output="all"), call_of(toy)
+    both = pipe(PROMPTS, seed=0, **call)
+    one = pipe(PROMPTS, seed=0, **{**call, "image": call["image"][0][None]})
+    torch.testing.assert_close(one.samples, both.samples)
+    with pytest.raises(DiffsteerError, match="leave no step to take"):
+        pipe(PROMPTS, seed=0, **{**call, "strength": 0.1})
+
+
+def test_a_cache_is_refused_behind_a_sized_decoder_too() -> None:
+    pipe = copy.copy(built("FluxPipeline"))
+    call = {k: v for k, v in TOYS["FluxPipeline"].call.items() if k != "true_cfg_scale"}
+    decoder = decoder_of(pipe, height=call["height"], width=call["width"])
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.2))
+    try:
+        pipe.scheduler = steered(pipe.scheduler, FeynmanKac(2), reward=level_of, decoder=decoder, prompts=PROMPTS, seed=0)
+        with pytest.raises(UnsupportedError, match="FirstBlockCache"):
+            pipe(PROMPTS, num_images_per_prompt=2, **call)
+    finally:
+        pipe.transformer.disable_cache()
+
+
+def test_a_second_stream_has_noise_of_its_own_at_every_step() -> None:
+    class Leader(Control):
+        def keys(self) -> Any:
+            return 0, [(0, 0), (0, 1)]
+
+    leader, x = Leader(), torch.zeros(2, 4)
+    follower, drawn = Follower(leader), []
+    seed, keys = leader.keys()
+    for leader.at in (0, 1):
+        drawn += [*follower.noise(leader.at, x, None), *rng.normal(seed, keys, leader.at, "step", (4,))]
+    assert len({tuple(z.tolist()) for z in drawn}) == 8
