@@ -70,6 +70,11 @@ class DiffusersSession(Session):
         self.makes = self.family.makes
         if self.family.mixed and keys.get("deterministic"):
             raise UnsupportedError(f"{type(pipe).__name__} cannot be deterministic: {self.family.mixed}")
+        if not self.eta and not self.native and getattr(pipe.scheduler.config, "stochastic_sampling", False):
+            name = type(pipe.scheduler).__name__
+            raise UnsupportedError(
+                f"{name} with stochastic_sampling=True draws by no key of ours: set eta above 0, or that to False"
+            )
         self.history = History(pipe.scheduler, self.native, self.eta)
         self._prepared: dict[Any, Any] = {}  # by rows: what the pipeline made of pictures
         call = recommended(pipe) | (call or {})

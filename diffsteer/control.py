@@ -7,8 +7,19 @@ from typing import Any
 from torch import Tensor
 
 from diffsteer import rng
+from diffsteer.algebra import NOISES
 from diffsteer.particles import reindex
-from diffsteer.types import UnsupportedError
+from diffsteer.types import DiffsteerError, UnsupportedError
+
+
+def check_noise(noise: str) -> None:
+    """Refuse an unknown amount of noise.
+
+    Raises:
+        DiffsteerError: with those that are valid.
+    """
+    if noise not in NOISES:
+        raise DiffsteerError(f"noise={noise!r} is unknown; valid: {', '.join(NOISES)}")
 
 
 class Control:

@@ -16,7 +16,7 @@ from torch import Tensor
 from diffsteer import rng
 from diffsteer.algebra import noise_std
 from diffsteer.blocks import Blocks, Size, check_size
-from diffsteer.control import Control
+from diffsteer.control import Control, check_noise
 from diffsteer.families import family_of
 from diffsteer.ledger import Ledger
 from diffsteer.particles import reindex
@@ -38,6 +38,7 @@ def steered(
     output: str = "best",
     chunk: Size = None,
     seed: int | None = None,
+    noise: str = "eta",
 ) -> Any:
     """A scheduler of the user's own class that steers whatever pipeline it is put on.
 
@@ -59,12 +60,13 @@ def steered(
         ids: one a prompt; default: its index.
         chunk: at most so many rows in the decoder and the reward at a time.
         seed: the key of the randomness of every run, whatever generator comes.
+        noise: what the sampler's eta is a share of, as for `SteeredPipeline`.
 
     Raises:
         UnsupportedError: a scheduler that has no one-step transition.
         DiffsteerError: no prompts, no reward, or (when it runs) a number of rows that is not prompts x particles.
     """
-    return install(scheduler, Steering(sampler, reward, decoder, prompts, ids, choice, output, chunk, seed))
+    return install(scheduler, Steering(sampler, reward, decoder, prompts, ids, choice, output, chunk, seed, noise))
 
 
 class Steering(Control):
@@ -81,7 +83,10 @@ class Steering(Control):
         output: str,
         chunk: Size,
         seed: int | None,
+        noise: str,
     ) -> None:
+        check_noise(noise)
+        self.noise_kind = noise
         self.sampler, self.output = sampler, output
         self.eta = None if sampler is None else sampler.eta
         self.seed = self.given_seed = seed
@@ -152,8 +157,11 @@ class Steering(Control):
             if reward is not None:
                 reward.prepare(self.prompts, Context(0, total, self.embedded))
         levels = getattr(self.scheduler, "levels", [])[index:]
+        noise = self.noise_kind
         noisy = [
-            k for k, (a, b) in enumerate(zip(levels, levels[1:], strict=False)) if float(noise_std(a, b, self.eta or 0.0)) > 0
+            k
+            for k, (a, b) in enumerate(zip(levels, levels[1:], strict=False))
+            if float(noise_std(a, b, self.eta or 0.0, noise)) > 0
         ]
         problem = Problem(len(self.prompts), total, max(noisy, default=-1), self.seed, self.ids)
         scorer = Scorer(self.reward, self.decode, self.prompts, self.ledger, self.embedded, Blocks(self.chunk))

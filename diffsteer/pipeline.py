@@ -16,11 +16,11 @@ from torch import Tensor
 from diffsteer import rng
 from diffsteer.blocks import Blocks, Size, check_size
 from diffsteer.callable import CallableModel, CallableSession
+from diffsteer.control import check_noise
 from diffsteer.ledger import Ledger
 from diffsteer.reward import Reward, RewardFunction, as_reward
 from diffsteer.run import OUTPUTS, SteeredOutput, estimate, run
 from diffsteer.selection import Scorer, check_inputs
-from diffsteer.session import check_noise
 from diffsteer.shapes.models import MODELS
 from diffsteer.types import Context, DiffsteerError, Info, Sampler, Trace, UnsupportedError, check_numbers
 

@@ -11,22 +11,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from diffsteer import rng
-from diffsteer.algebra import NOISES, Level, noise_std
+from diffsteer.algebra import Level, noise_std
 from diffsteer.blocks import Blocks, Size
+from diffsteer.control import check_noise
 from diffsteer.ledger import Ledger
 from diffsteer.rng import Id
 from diffsteer.selection import Selection
 from diffsteer.types import DiffsteerError
-
-
-def check_noise(noise: str) -> None:
-    """Refuse an unknown amount of noise.
-
-    Raises:
-        DiffsteerError: with those that are valid.
-    """
-    if noise not in NOISES:
-        raise DiffsteerError(f"noise={noise!r} is unknown; valid: {', '.join(NOISES)}")
 
 
 class Arrival(NamedTuple):

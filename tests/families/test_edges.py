@@ -244,3 +244,31 @@ def test_a_second_stream_has_noise_of_its_own_at_every_step() -> None:
     for leader.at in (0, 1):
         drawn += [*follower.noise(leader.at, x, None), *rng.normal(seed, keys, leader.at, "step", (4,))]
     assert len({tuple(z.tolist()) for z in drawn}) == 8
+
+
+def test_noise_by_no_key_is_refused() -> None:
+    pipe = copy.copy(built("StableDiffusion3Pipeline"))
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    call = call_of(TOYS["StableDiffusion3Pipeline"])
+    with pytest.raises(UnsupportedError, match="FlowMatchEulerDiscreteScheduler with stochastic_sampling=True draws by no key"):
+        SteeredPipeline(pipe, BestOfN(2, eta=0.0), level_of)(PROMPTS, seed=0, **call)
+    assert bool(SteeredPipeline(pipe, BestOfN(2), level_of)(PROMPTS, seed=0, **call).samples.isfinite().all())
+
+
+def test_the_drop_in_form_takes_an_amount_of_noise() -> None:
+    """Selection at the end alone: the states are those of a session with the same key and first noises."""
+    toy, made = TOYS["StableDiffusion3Pipeline"], []
+    opened = session("StableDiffusion3Pipeline", noise="quadratic")
+    x = opened.noise()
+    whole = opened.segment(x, 0, opened.steps).x
+    pipe = copy.copy(built("StableDiffusion3Pipeline"))
+    for noise in ("quadratic", "eta"):
+        pipe.scheduler = steered(
+            built("StableDiffusion3Pipeline").scheduler, BestOfN(2), reward=level_of, prompts=PROMPTS, seed=0, noise=noise
+        )
+        made.append(pipe(PROMPTS, latents=x, num_images_per_prompt=2, output_type="latent", **toy.call)[0])
+    order = [0, 1, 2, 3]
+    near = [min(float((made[0][i] - whole[j]).abs().max()) for j in order) for i in order]
+    assert max(near) < 1e-3 and not torch.allclose(made[0], made[1], atol=1e-3)
+    with pytest.raises(DiffsteerError, match="noise='cubic' is unknown; valid: eta, quadratic"):
+        steered(pipe.scheduler, BestOfN(2), reward=level_of, prompts=PROMPTS, noise="cubic")
