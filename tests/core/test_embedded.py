@@ -229,6 +229,17 @@ def test_generate_without_arguments(
     assert len(list((tmp_path / "demo" / "images").glob("*.png"))) == 6 and (tmp_path / "demo" / "grid.png").exists()
 
 
+def test_the_flow_model_on_the_command_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = ["generate", "prompt=a red star", "model=shapes-flow", "noise=quadratic", "num_inference_steps=6", "out=o"]
+    assert main([*asked, "sampler.particles=2"]) == 0
+    assert (tmp_path / "o/images/000.png").exists()
+    assert main(["generate", "prompt=a red dog", "model=shapes-flow", "out=p"]) == 2
+    assert "'dog'" in capsys.readouterr().err
+
+
 def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = (Path(__file__).resolve().parents[2] / "README.md").read_text()
