@@ -159,11 +159,8 @@ class DiffusersSession(Session):
 
         out = None
         call = self._arguments(rows) | {k: None for k in ("callback_on_step_end",) if k in self.call}
-        with (
-            torch.no_grad(),
-            self._preparing(rows, keep),
-            suppress(Left, UnboundLocalError),
-        ):  # some return what only a step makes
+        # an unbound name: some return what only a step makes
+        with torch.no_grad(), self._preparing(rows, keep), suppress(Left, UnboundLocalError):
             out = self.shadow(**call)[0]
         if self.family.entry == "step":
             return control.drawn
@@ -205,7 +202,11 @@ class DiffusersSession(Session):
         changed they are the picture with keyed noise."""
         rows = list(range(self.rows) if rows is None else rows)
         if self.family.entry == "prepared":
-            return torch.cat(self.cut.run(len(rows), lambda block: self._first_states([rows[i] for i in dict.fromkeys(block)])))
+
+            def one_block(block: list[int]) -> Tensor:
+                return self._first_states([rows[i] for i in block])[: len(set(block))]
+
+            return torch.cat(self.cut.run(len(rows), one_block))
         if self.family.entry == "step":
             generators = [self._stream(r) for r in rows]
             drawn: Tensor = randn_tensor((len(rows), *self.shape), generators, device=self._device, dtype=self._dtype)

@@ -196,9 +196,9 @@ def test_arguments_that_count_steps_want_one_call() -> None:
 
 @pytest.mark.parametrize("name", CARRIED)
 def test_deterministic_bits_or_a_refusal(name: str) -> None:
-    """A prompt alone and beside another."""
+    """A prompt alone and beside another, in blocks that have to be filled up."""
     toy, call, facts = TOYS[name], call_of(TOYS[name]), FAMILIES[name.split()[0]]
-    pipe = SteeredPipeline(built(name), BestOfN(2), level_of, output="all", decoder="none", deterministic=True, chunk=2)
+    pipe = SteeredPipeline(built(name), BestOfN(2), level_of, output="all", decoder="none", deterministic=True, chunk=3)
     alone = {k: v[:1] if k in toy.each else v for k, v in call.items()}
     if facts.no_reentry or facts.mixed:
         with pytest.raises(
