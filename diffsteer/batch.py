@@ -102,7 +102,8 @@ def _did_you_mean(name: str, valid: list[str]) -> str:
 
 @dataclass
 class Folder:
-    """The folder of one run: `entries` are the manifest's lines by id, those whose images are gone left out.
+    """The folder of one run: `entries` are the manifest's lines by id, those whose images are gone left out;
+    `texts` are written into the metadata of an item's pictures.
 
     Raises:
         DiffsteerError: it holds results of other settings or other prompts, which would be lost.
@@ -112,6 +113,7 @@ class Folder:
     items: list[Item]
     settings_hash: str
     entries: dict[int | str, dict[str, Any]] = field(default_factory=dict)
+    texts: Callable[[Item], dict[str, str]] = lambda item: {}
 
     def __post_init__(self) -> None:
         manifest, prompts = self.path / MANIFEST, {item.id: item for item in self.items}
@@ -145,7 +147,7 @@ class Folder:
         (self.path / folder).mkdir(parents=True, exist_ok=True)
         lines = []
         for p, item in enumerate(items):
-            chosen, stem = int(out.chosen[p]), f"{folder}/{item.name}"
+            chosen, stem, texts = int(out.chosen[p]), f"{folder}/{item.name}", self.texts(item)
             pairs = zip(out.rewards[p], out.log_weights[p], strict=True)
             facts = [{"reward": _number(r), "log_weight": _number(w)} for r, w in pairs]
             entry: dict[str, Any] = {
@@ -161,11 +163,11 @@ class Folder:
             if output == "all" and len(images) == len(items) * per:
                 names = [f"{stem}_{k:02d}{suffix}" for k in range(per)]
                 for k, name in enumerate(names):
-                    _save(images[p * per + k], self.path / name)
+                    _save(images[p * per + k], self.path / name, texts)
                 entry["particles"] = [{"image": name, **fact} for name, fact in zip(names, facts, strict=True)]
-                _save(images[p * per + chosen], self.path / entry["image"])
+                _save(images[p * per + chosen], self.path / entry["image"], texts)
             else:
-                _save(images[p], self.path / entry["image"])
+                _save(images[p], self.path / entry["image"], texts)
             self.entries[item.id] = entry
             lines.append(entry)
         _append(self.path / MANIFEST, lines)
@@ -258,9 +260,9 @@ def _replacing(path: Path) -> Iterator[Path]:
     os.replace(part, path)
 
 
-def _save(made: Any, path: Path) -> None:
+def _save(made: Any, path: Path, texts: dict[str, str]) -> None:
     with _replacing(path) as part:
-        media.save(made, part)
+        media.save(made, part, texts)
 
 
 def _append(path: Path, entries: Sequence[dict[str, Any]]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffsteer.algebra import PREDICTIONS, Level, level, mixed, to_clean, transition
+from diffsteer.schedules import Karras
 from diffsteer.session import Arrival, Session
 from diffsteer.types import DiffsteerError
 
@@ -24,7 +25,7 @@ class CallableModel:
         path: "vp": t indexes `alphas_cumprod`; "edm": t is sigma; "flow": t in [0, 1], 1 being noise.
         shape: of one sample.
         alphas_cumprod: (1000,) or so, decreasing; for "vp" only, where it is needed.
-        sigmas: the largest and the smallest sigma of the "edm" grid (Karras et al., 2022, arXiv 2206.00364, eq. 5, rho = 7).
+        sigmas: the largest and the smallest sigma of the "edm" grid (`diffsteer.schedules.Karras`).
         decode: latents (N, *shape) -> samples for the reward; without it the reward sees what the model denoises.
         device, dtype: of the states that fn is given.
 
@@ -81,9 +82,7 @@ class CallableModel:
         if self.path == "flow":
             times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
             return times[:-1], [level(1 - t, t) for t in times]
-        ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-        high, low = (s ** (1 / 7) for s in self.sigmas)
-        times = ((high + ramp * (low - high)) ** 7).tolist()
+        times = Karras().ratios(steps, *self.sigmas).tolist()
         return times, [level(1.0, s) for s in times] + [level(1.0, 0.0)]
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``diffsteer generate | list | --version``. Parsing and composing are Hydra's, see `diffsteer.config`.
+"""The command line: ``diffsteer generate | list | comfy``. Parsing and composing are Hydra's, see `diffsteer.config`.
 
 Modules that need torch are imported when a command does, so that ``--help`` and ``--version`` answer at once.
 """
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 USAGE = """\
 diffsteer generate [prompt=TEXT | prompts=FILE] [key=value ...]   images, steered by a reward (--help tells the keys)
 diffsteer list samplers | rewards | models                        what there is
+diffsteer comfy export DIR | doctor DIR | graph key=value ...     nodes for ComfyUI, and runs as graphs
 diffsteer --version"""
 OK, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 _FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> int:
     if command in ("", "--help", "-h"):
         print(USAGE)
         return OK if command else WRONG_INPUT
-    commands = {"generate": _generate, "list": _list}
+    commands = {"generate": _generate, "list": _list, "comfy": _comfy}
     if command not in commands:
         import difflib
 
@@ -198,6 +199,13 @@ def _job(config: DictConfig) -> None:
 
 def _shown(path: Path) -> str:
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _comfy(argv: list[str]) -> int:
+    from diffsteer.comfy.command import main as comfy
+
+    with _warnings_in_a_line():
+        return comfy(argv)
 
 
 def _list(argv: list[str]) -> int:

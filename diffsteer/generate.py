@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from tqdm import tqdm
 
+from diffsteer import __version__
 from diffsteer.algebra import NOISES
 from diffsteer.batch import GRID, MANIFEST, Folder, Item, as_items, generate, read_items
 from diffsteer.blocks import check_size
 from diffsteer.config import Config, as_yaml, build, settings
 from diffsteer.pipeline import TRANSITIONS, SteeredPipeline, check_effect, load_pipeline
 from diffsteer.registry import find, nearest
+from diffsteer.reward import Reward
 from diffsteer.run import OUTPUTS
 from diffsteer.shapes.models import MODELS, digest, is_embedded
 from diffsteer.sheet import sheet
@@ -47,17 +52,21 @@ def generate_folder(config: DictConfig, out: Path, shown: str) -> None:
     Raises:
         DiffsteerError: wrong input, said before any work is done; a reward or an item that fails, what was done staying.
     """
-    demo = _check(config)
+    demo = check(config)
     items = _items(config)
     sampler = build("sampler", config.sampler)
     reward = None if OmegaConf.is_missing(config, "reward") else build("reward", config.reward)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     own = {"weights": digest(config.model.path)} if config.model.path in MODELS else {}
-    folder = Folder(out, items, settings(config, device=device.partition(":")[0], **own)[1])
-    runs = {"steered" if sampler else PLAIN: (folder, sampler)}
+    told, digested = settings(config, device=device.partition(":")[0], **own)
+
+    def made(path: Path, method: Sampler | None) -> tuple[Folder, Sampler | None]:
+        return Folder(path, items, digested, texts=partial(_texts, config, told, method, reward)), method
+
+    runs = {"steered" if sampler else PLAIN: made(out, sampler)}
+    folder = runs["steered" if sampler else PLAIN][0]
     if demo and sampler is not None:
-        baseline = find("sampler", "best_of_n")(particles=1, eta=sampler.eta)
-        runs = {PLAIN: (Folder(out / PLAIN, items, folder.settings_hash), baseline), **runs}
+        runs = {PLAIN: made(out / PLAIN, find("sampler", "best_of_n")(particles=1, eta=sampler.eta)), **runs}
     _snapshot(config, out)
     todo = sum(len(f.missing) for f, _ in runs.values())
     kept = len(items) - len(folder.missing)
@@ -69,13 +78,20 @@ def generate_folder(config: DictConfig, out: Path, shown: str) -> None:
     if demo:
         _show_demo({name: f for name, (f, _) in runs.items()})
     before = f"; {kept} of them were there already" if kept else ""
-    made = Path(folder.entries[items[0].id]["image"]).parts[0].removesuffix("s")
-    sheets = f", {GRID}" if made != "sound" else ""
-    print(f"{len(items)} {made}{'s' * (len(items) > 1)}{sheets} and {MANIFEST} in {shown}{before}")
+    kind = Path(folder.entries[items[0].id]["image"]).parts[0].removesuffix("s")
+    sheets = f", {GRID}" if kind != "sound" else ""
+    print(f"{len(items)} {kind}{'s' * (len(items) > 1)}{sheets} and {MANIFEST} in {shown}{before}")
 
 
-def _check(config: DictConfig) -> bool:
-    """Refuse what Hydra's types let through. Is this the demonstration, no prompt being given?"""
+def check(config: DictConfig, prompted: bool = False) -> bool:
+    """Refuse what Hydra's types let through. Is this the demonstration, no prompt being given?
+
+    Args:
+        prompted: prompts are somebody else's matter.
+
+    Raises:
+        DiffsteerError: with the key.
+    """
     valid = [f.name for f in fields(Config)]
     for key in config:
         if key not in valid:
@@ -114,7 +130,7 @@ def _check(config: DictConfig) -> bool:
             instead = f": give {key}=" if key in valid else " on the command line"
             raise DiffsteerError(f"call.{key} cannot be given{instead}")
     demo = config.prompt is None and config.prompts is None
-    if demo and config.model.path not in MODELS:
+    if demo and not prompted and config.model.path not in MODELS:
         raise DiffsteerError(f"model={config.model.path} needs prompts: give prompt=TEXT or prompts=FILE")
     return demo
 
@@ -132,6 +148,20 @@ def _items(config: DictConfig) -> list[Item]:
                 f"prompt {item.id!r} is not Unicode text ({error.reason} at character {error.start})"
             ) from error
     return items
+
+
+def _texts(
+    config: DictConfig, told: dict[str, Any], sampler: Sampler | None, reward: Reward | None, item: Item
+) -> dict[str, str]:
+    """What a picture's metadata say: the settings, and, as ComfyUI reads it, the graph that does the like there, if one can."""
+    from diffsteer.comfy.of_run import graph_of
+
+    mine = {"sampler": None} if sampler is None else {"sampler": {"name": sampler.name, **vars(sampler)}}
+    about = {"version": __version__, "prompt": item.prompt, "id": item.id, "settings": {**told, **mine}}
+    texts = {"diffsteer": json.dumps(about, default=str)}
+    with contextlib.suppress(DiffsteerError):
+        texts["prompt"] = json.dumps(graph_of(config, item.prompt, sampler, reward).api())
+    return texts
 
 
 def _snapshot(config: DictConfig, out: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import wave
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 FRAME_MS = 125  # of a GIF: what most models of short clips were trained on, 8 frames a second
@@ -25,8 +27,12 @@ def kind(made: Any) -> tuple[str, str]:
     return ("videos", ".gif") if isinstance(made, list) else ("images", ".png")
 
 
-def save(made: Any, path: Path) -> None:
-    """Write a picture, a video or a sound; a WAV has 16 bits."""
+def save(made: Any, path: Path, texts: Mapping[str, str] | None = None) -> None:
+    """Write a picture, a video or a sound; a WAV has 16 bits.
+
+    Args:
+        texts: written into a picture's metadata.
+    """
     if isinstance(made, Sound):
         with wave.open(str(path), "wb") as file:
             file.setnchannels(len(made.samples))
@@ -37,4 +43,7 @@ def save(made: Any, path: Path) -> None:
     elif isinstance(made, list):
         made[0].save(path, format="GIF", save_all=True, append_images=made[1:], duration=FRAME_MS, loop=0)
     else:
-        made.save(path, format="PNG")
+        info = PngInfo()
+        for key, text in (texts or {}).items():
+            info.add_text(key, text)
+        made.save(path, format="PNG", pnginfo=info)

@@ -5,6 +5,7 @@ Rows are indexed (prompt, particle): P prompts with K particles each, prompt-maj
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -37,6 +38,13 @@ def check_numbers(who: str, whole: dict[str, Any] | None = None, real: dict[str,
     for name, value in (real or {}).items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise DiffsteerError(f"{who}{name}={value!r} is no number")
+
+
+def setting(default: Any, *, choices: Sequence[str] = (), low: float | None = None, high: float | None = None) -> Any:
+    """A field of a sampler's or a reward's dataclass that says which values it takes, for faces that offer them to people.
+    Checking stays with the class."""
+    facts = {"choices": tuple(choices), "low": low, "high": high}
+    return field(default=default, metadata={name: fact for name, fact in facts.items() if fact not in (None, ())})
 
 
 @dataclass(frozen=True)

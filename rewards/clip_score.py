@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from diffsteer.reward import Reward
-from diffsteer.rewards.open_clip_model import EMBEDDED, OpenClip, check_options, is_embedded, load
+from diffsteer.rewards.open_clip_model import EMBEDDED, RESIZE, OpenClip, check_options, is_embedded, load
 from diffsteer.shapes.grammar import WORDS
 from diffsteer.shapes.tokenizer import CONTEXT, unknown_words
-from diffsteer.types import Context, DiffsteerError
+from diffsteer.types import Context, DiffsteerError, setting
 
 DEFAULT = ("ViT-B-32", "laion2b_s34b_b79k")
 
@@ -44,7 +44,7 @@ class ClipScore(Reward):
 
     model_name: str | None = None
     pretrained: str | None = None
-    resize: str = "squash"
+    resize: str = setting("squash", choices=RESIZE)
     device: str | None = None
 
     name: ClassVar[str] = "clip"

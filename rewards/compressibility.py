@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffsteer.reward import Reward
-from diffsteer.types import Context, DiffsteerError
+from diffsteer.types import Context, DiffsteerError, setting
 
 
 @dataclass(eq=False)
@@ -33,7 +33,7 @@ class Compressibility(Reward):
         DiffsteerError: a quality out of its range.
     """
 
-    quality: int = 95
+    quality: int = setting(95, low=1, high=100)
     incompressible: bool = False
 
     name: ClassVar[str] = "compressibility"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffsteer.particles import PER_ROW, warn_blind
-from diffsteer.types import DiffsteerError, Info, Problem, Step, check_numbers
+from diffsteer.types import DiffsteerError, Info, Problem, Step, check_numbers, setting
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class BestOfN:
         DiffsteerError: a value out of its range.
     """
 
-    particles: int = 4
-    eta: float = 1.0
+    particles: int = setting(4, low=1)
+    eta: float = setting(1.0, low=0, high=1)
 
     name: ClassVar[str] = "best_of_n"
     exact: ClassVar[bool] = False

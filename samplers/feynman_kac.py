@@ -25,7 +25,7 @@ from diffsteer.particles import (
 )
 from diffsteer.resampling import SCHEMES
 from diffsteer.rng import generator
-from diffsteer.types import DiffsteerError, Info, Problem, Step, check_numbers
+from diffsteer.types import DiffsteerError, Info, Problem, Step, check_numbers, setting
 
 # A potential is the running statistic s_n of the rewards r_1 .. r_n of a path; its log G_n = lambda s_n. `difference` has none:
 # its log G_n = lambda_n r_n - lambda_{n-1} r_{n-1} telescopes, which alone allows a lambda that changes on the way.
@@ -37,6 +37,7 @@ POTENTIALS: dict[str, Callable[[Tensor, Tensor], Tensor] | None] = {
 }
 FIRST_STATISTIC = {"max": -math.inf}
 TEMPERED = ("difference",)
+TRIGGERS = ("ess", "always")
 
 
 @dataclass(frozen=True)
@@ -79,15 +80,15 @@ class FeynmanKac:
         DiffsteerError: a value out of its range; the message says which are valid.
     """
 
-    particles: int = 4
-    potential: str = "difference"
-    scale: float | None = None
-    target_ess: float | None = 0.5
-    resampling: str = "systematic"
-    trigger: str = "ess"
-    threshold: float = 0.7
+    particles: int = setting(4, low=1)
+    potential: str = setting("difference", choices=tuple(POTENTIALS))
+    scale: float | None = setting(None, low=0)
+    target_ess: float | None = setting(0.5, low=0, high=1)
+    resampling: str = setting("systematic", choices=tuple(SCHEMES))
+    trigger: str = setting("ess", choices=TRIGGERS)
+    threshold: float = setting(0.7, low=0, high=1)
     events: Any = (0.6, 0.8)
-    eta: float = 1.0
+    eta: float = setting(1.0, low=0, high=1)
 
     name: ClassVar[str] = "fk"
     exact: ClassVar[bool] = True
@@ -101,7 +102,7 @@ class FeynmanKac:
         for what, value, valid in (
             ("potential", self.potential, POTENTIALS),
             ("resampling", self.resampling, SCHEMES),
-            ("trigger", self.trigger, ("ess", "always")),
+            ("trigger", self.trigger, TRIGGERS),
         ):
             if value not in valid:
                 raise DiffsteerError(f"fk: {what}={value!r} is unknown; valid: {', '.join(valid)}")

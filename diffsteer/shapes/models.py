@@ -61,5 +61,9 @@ def digest(name: str) -> str:
 
 def recommended(pipe: Any) -> dict[str, Any]:
     """Call arguments chosen for an embedded model on development captions (guidance scale, steps); {} for any other."""
-    name = embedded_name(pipe)
-    return dict(_defaults()[name]) if name else {}
+    return recommended_for(embedded_name(pipe))
+
+
+def recommended_for(name: str) -> dict[str, Any]:
+    """The same for a model by its name."""
+    return dict(_defaults().get(name, {}))

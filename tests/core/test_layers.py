@@ -15,12 +15,15 @@ CORE = sorted(
     for p in (ROOT / "diffsteer").rglob("*.py")
     if not {"samplers", "rewards", "configs"} & set(p.relative_to(ROOT / "diffsteer").parts)
 )
+COMFY = ROOT / "diffsteer" / "comfy"
+COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "latent_preview", "nodes", "server"}
 PLUGINS = sorted([*(ROOT / "samplers").glob("*.py"), *(ROOT / "rewards").glob("*.py")])
 # what a lower floor may not know; later names may import earlier ones only
 FLOORS = [
     ["rng", "algebra", "ledger", "types"],
     ["blocks", "media", "fingerprint"],
-    ["levels", "events", "particles", "resampling", "reward", "hooks", "decoding", "conditions"],
+    ["levels", "events", "particles", "resampling", "reward", "hooks", "decoding", "conditions"]
+    + ["guidance", "schedules", "lineage"],
     ["families"],
     ["tiny"],
     ["pipes", "embedded"],
@@ -50,12 +53,13 @@ def imports(path: Path, top_level_only: bool = False) -> set[str]:
 
 
 def floor_of(name: str) -> int | None:
+    """Of a module of the core; the nodes of `diffsteer.comfy` stand above them all."""
     return next((i for i, floor in enumerate(FLOORS) if name in floor), None)
 
 
 @pytest.mark.parametrize("path", CORE, ids=lambda p: p.name)
 def test_imports_run_one_way(path: Path) -> None:
-    mine = floor_of(path.stem)
+    mine = None if path.parent == COMFY else floor_of(path.stem)
     for name in imports(path, top_level_only=True):
         parts = name.split(".")
         other = floor_of(parts[1]) if parts[0] == "diffsteer" and len(parts) > 1 else None
@@ -70,6 +74,17 @@ def test_core_knows_no_method_and_only_the_lower_floor_of_the_backend_knows_diff
             assert not name.startswith(("diffsteer.samplers", "diffsteer.rewards")), f"{path.name} imports {name}"
         if path.stem not in ("pipes", "backend", "pipeline", "tiny", "embedded"):
             assert name.split(".")[0] != "diffusers", f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("path", [*CORE, *PLUGINS], ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_only_the_nodes_know_comfyui_and_only_while_they_run(path: Path) -> None:
+    for name in imports(path):
+        if path.parent != COMFY:
+            assert name.split(".")[0] not in COMFYUI, f"{path.name} imports {name}"
+            if path.stem not in ("cli", "generate"):
+                assert not name.startswith("diffsteer.comfy"), f"{path.name} imports {name}"
+    for name in imports(path, top_level_only=True):
+        assert name.split(".")[0] not in COMFYUI and not (path.parent != COMFY and name.startswith("diffsteer.comfy"))
 
 
 @pytest.mark.parametrize("path", PLUGINS, ids=lambda p: p.name)
