@@ -103,7 +103,8 @@ def _shown(value: Any, kind: tuple[str, bool]) -> Any:
         return NOT_SET if value is None else value
     if kind[0] == "YAML":
         if isinstance(value, (list, tuple)):
-            return ", ".join(str(v) for v in value)
+            listed = ", ".join(str(v) for v in value)
+            return listed if len(value) > 1 else f"[{listed}]"
         return "" if value is None else str(value)
     return "" if value is None else value
 
