@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow check bench clean
+.PHONY: demo test test-slow test-comfy check bench clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -20,10 +20,14 @@ demo: $(VENV)/installed  ## six prompts, plain and steered, on the embedded mode
 	$(BIN)/diffsteer generate
 
 test: $(VENV)/installed  ## everything but the slow proofs
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow and not comfy"
 
 test-slow: $(VENV)/installed  ## the slow proofs
 	$(BIN)/python -m pytest -q -m slow
+
+test-comfy: $(VENV)/installed  ## with a real ComfyUI: DIFFSTEER_COMFYUI names a checkout, whose Python has diffsteer
+	@test -n "$(DIFFSTEER_COMFYUI)" || { echo "set DIFFSTEER_COMFYUI to a checkout of ComfyUI"; exit 2; }
+	$(BIN)/python -m pytest -q -m comfy tests/comfy
 
 check: $(VENV)/installed-dev  ## style, types, tests
 	$(BIN)/ruff format --check .

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 from diffsteer.algebra import Level
 from diffsteer.types import DiffsteerError, check_numbers, setting
@@ -75,7 +76,8 @@ class Guidance:
 def gradient_of(objective: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of ``objective(x).sum()`` at x (N, ...), and the values (N,), detached. Works inside `torch.inference_mode`,
     provided that the weights on the way are ordinary tensors."""
-    with torch.inference_mode(False), torch.enable_grad():
+    # networks that are meant for inference may change in place what a gradient needs: that is then kept
+    with torch.inference_mode(False), torch.enable_grad(), allow_mutation_on_saved_tensors():
         leaf = x.clone().detach().requires_grad_(True)
         values = objective(leaf)
         (gradient,) = torch.autograd.grad(values.sum(), leaf)

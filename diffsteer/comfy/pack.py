@@ -149,13 +149,17 @@ def _of_pack(folder: Path) -> Iterator[tuple[bool, str]]:
         )
 
 
-def _of_python(comfyui: Path) -> Iterator[tuple[bool, str]]:
-    """What the Python that runs ComfyUI can import; without one beside it, this one is taken for it."""
+def python_of(comfyui: Path) -> Path:
+    """The Python that runs a ComfyUI, where it has one of its own, in it or beside it; else this one."""
     places = [comfyui / v / b for v in (".venv", "venv") for b in ("bin/python", "Scripts/python.exe")]
     places += [comfyui.parent / v / "bin/python" for v in (".venv", "venv")] + [
         comfyui.parent / "python_embeded" / "python.exe"
     ]
-    python = next((p for p in places if p.is_file()), Path(sys.executable))
+    return next((p for p in places if p.is_file()), Path(sys.executable))
+
+
+def _of_python(comfyui: Path) -> Iterator[tuple[bool, str]]:
+    python = python_of(comfyui)
     code = (
         "import json, importlib.metadata as m\n"
         "def version(name):\n"
