@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from diffsteer.comfy.graph import Graph, Made
 
-PROMPT = "a red circle left of a blue square"
+PROMPT = "three red circles"
 OWN_MODEL = "To work with a model of yours, replace **Load shapes** by a checkpoint loader and an empty latent of your size."
-STEPS, CFG = 30, 4.0  # what the card of the embedded model recommends
+SEED, STEPS, CFG = 2, 30, 4.0  # steps and guidance are what the card of the embedded model recommends
 FLOW_STEPS, FLOW_CFG = 50, 6.0
 
 
@@ -29,7 +29,7 @@ def steered_ksampler() -> Graph:
         reward=reward["reward"],
         prompt=text["STRING"],
         particles=8,
-        seed=5,
+        seed=SEED,
         steps=STEPS,
         cfg=CFG,
     )
@@ -68,7 +68,7 @@ def score_and_sort() -> Graph:
     plain = graph.add(
         "KSampler",
         model=model["model"],
-        seed=5,
+        seed=SEED,
         steps=STEPS,
         cfg=CFG,
         sampler_name="euler_ancestral",
@@ -98,7 +98,7 @@ def noise_search() -> Graph:
         prompt=text["STRING"],
         candidates=32,
         cfg=CFG,
-        seed=5,
+        seed=SEED,
     )
     guider = graph.add(
         "CFGGuider",
@@ -138,7 +138,7 @@ def gradient_guidance() -> Graph:
     )
     euler = graph.add("KSamplerSelect", sampler_name="euler_ancestral")
     sigmas = graph.add("BasicScheduler", model=model["model"], steps=STEPS)
-    noise = graph.add("DiffsteerNoise", seed=5)
+    noise = graph.add("DiffsteerNoise", seed=SEED)
     drawn = graph.add(
         "SamplerCustomAdvanced",
         noise=noise["noise"],
@@ -179,7 +179,7 @@ def _finish(
         negative=negative["CONDITIONING"],
         cfg=cfg,
     )
-    noise = graph.add("DiffsteerNoise", seed=5)
+    noise = graph.add("DiffsteerNoise", seed=SEED)
     drawn = graph.add(
         "SamplerCustomAdvanced",
         noise=noise["noise"],

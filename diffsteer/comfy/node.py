@@ -57,7 +57,7 @@ class Node:
     Attributes:
         run: called with the inputs by name; returns one value an output (of an output node: a `Shown`, and it is also given
             `graph`, the graph in API form, and `extra`, what ComfyUI writes into files beside it).
-        check: called with the widgets' values before anything runs; raises `DiffsteerError`.
+        check: called before anything runs with the values of the widgets named in `checked`; raises `DiffsteerError`.
     """
 
     id: str
@@ -67,6 +67,7 @@ class Node:
     outputs: tuple[tuple[str, str], ...]  # (type, name)
     run: Callable[..., Any]
     check: Callable[..., Any] | None = None
+    checked: tuple[str, ...] = ()
     is_output: bool = False
 
     @property
@@ -83,10 +84,10 @@ class Node:
                 return f"{widget.name}={value!r} is unknown; valid: {', '.join(widget.listed())}"
             if (low is not None and value < low) or (high is not None and value > high):
                 return f"{widget.name}={value}; it lies in [{low}, {high}]"
-        if self.check is None or any(given.get(w.name) is None for w in self.widgets):
+        if self.check is None or any(given.get(name) is None for name in self.checked):
             return True
         try:
-            self.check(**{w.name: given[w.name] for w in self.widgets})
+            self.check(**{name: given[name] for name in self.checked})
         except DiffsteerError as error:
             return str(error)
         return True

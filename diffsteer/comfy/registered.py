@@ -13,7 +13,7 @@ from diffsteer.comfy import fields
 from diffsteer.comfy.host import HOST, Host
 from diffsteer.comfy.node import REWARD, STEERING, Input, Node
 from diffsteer.comfy.session import path_of
-from diffsteer.comfy.steering import Steering
+from diffsteer.comfy.steering import Steering, build
 from diffsteer.reward import Reward
 from diffsteer.types import DiffsteerError
 
@@ -57,12 +57,11 @@ def sampler_node(name: str, cls: type[Any], host: Host = HOST) -> Node:
         prompt: str, particles: int, noise: str, chunk: int, vae: Any = None, reward: Reward | None = None, **given: Any
     ) -> tuple[Any, Steering]:
         made: Steering = steering(vae, reward, prompt, particles, noise, chunk, given)
-        made.make(particles or 1)
+        made.make(particles or None)
         return host.sampler(made), made
 
-    def check(particles: int, **given: Any) -> None:
-        options = fields.values(cls, {k: v for k, v in given.items() if k not in ("prompt", "noise", "chunk")})
-        cls(**options, particles=particles or 1)
+    def check(particles: int = 0, **given: Any) -> None:
+        build(cls, fields.values(cls, given), particles or None)
 
     kind = "Exact as particles grow." if cls.exact else "A heuristic."
     return Node(
@@ -81,6 +80,7 @@ def sampler_node(name: str, cls: type[Any], host: Host = HOST) -> Node:
         outputs=(("SAMPLER", "sampler"), (STEERING, "steering")),
         run=run,
         check=check,
+        checked=fields.names(cls),
     )
 
 
@@ -101,6 +101,7 @@ def reward_node(name: str, cls: type[Any]) -> Node:
         outputs=((REWARD, "reward"),),
         run=run,
         check=lambda **given: cls(**fields.values(cls, given)),
+        checked=fields.names(cls),
     )
 
 
@@ -110,9 +111,6 @@ def schedule_node(name: str, cls: type[Any]) -> Node:
     def run(model: Any, steps: int, denoise: float, **given: Any) -> tuple[Tensor]:
         schedule = cls(**fields.values(cls, given))
         return (sigmas_of(schedule, model.get_model_object("model_sampling"), steps, denoise),)
-
-    def check(steps: int, denoise: float, **given: Any) -> None:
-        cls(**fields.values(cls, given))
 
     return Node(
         id=f"DiffsteerSchedule_{name}",
@@ -128,7 +126,8 @@ def schedule_node(name: str, cls: type[Any]) -> Node:
         ),
         outputs=(("SIGMAS", "sigmas"),),
         run=run,
-        check=check,
+        check=lambda **given: cls(**fields.values(cls, given)),
+        checked=fields.names(cls),
     )
 
 

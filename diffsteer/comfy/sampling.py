@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields as dataclass_fields
 from typing import Any
 
 from torch import Tensor
@@ -89,7 +88,7 @@ def all_in_one(host: Host) -> Node:
         decoded = vae.decode(kept["samples"])
         return decoded.flatten(0, 1) if decoded.ndim == 5 else decoded, kept, record
 
-    def check(method: str, particles: int, **others: Any) -> None:
+    def check(method: str, particles: int) -> None:
         find("sampler", method)(particles=particles)
 
     return Node(
@@ -118,6 +117,7 @@ def all_in_one(host: Host) -> Node:
         (("IMAGE", "images"), ("LATENT", "latent"), (RUN, "run")),
         run,
         check,
+        ("method", "particles"),
     )
 
 
@@ -187,8 +187,6 @@ def keyed_noise() -> Node:
 
 
 def gradient_guider(host: Host) -> Node:
-    names = [f.name for f in dataclass_fields(Guidance)]
-
     def run(
         model: Any,
         positive: Any,
@@ -205,9 +203,6 @@ def gradient_guider(host: Host) -> Node:
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)
         return (guider,)
-
-    def check(**given: Any) -> None:
-        Guidance(**fields.values(Guidance, {name: given[name] for name in names}))
 
     return Node(
         "DiffsteerGuider",
@@ -226,7 +221,8 @@ def gradient_guider(host: Host) -> Node:
         ),
         (("GUIDER", "guider"),),
         run,
-        check,
+        lambda **given: Guidance(**fields.values(Guidance, given)),
+        fields.names(Guidance),
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffsteer.blocks import Size
+from diffsteer.comfy import fields
 from diffsteer.comfy.host import HOST, Host
 from diffsteer.comfy.session import ComfySession
 from diffsteer.ledger import Ledger
@@ -76,13 +77,13 @@ class Steering:
     host: Host = HOST
     records: deque[tuple[Tensor, Record]] = field(default_factory=lambda: deque(maxlen=KEPT))
 
-    def make(self, particles: int) -> Sampler:
+    def make(self, particles: int | None) -> Sampler:
         """The method with so many particles.
 
         Raises:
             DiffsteerError: a value out of its range, or no reward where the method selects by one.
         """
-        sampler: Sampler = self.method(**self.options, particles=particles)
+        sampler: Sampler = build(self.method, self.options, particles)
         if sampler.needs_reward and self.reward is None:
             raise DiffsteerError(f"the sampler {sampler.name} selects by a reward: connect one")
         return sampler
@@ -185,6 +186,19 @@ class Steering:
             return to_samples(samples)
 
         return decode
+
+
+def build(method: type[Any], options: dict[str, Any], particles: int | None) -> Any:
+    """A method with so many particles, where it can have any number (None: as many as it has by itself).
+
+    Raises:
+        DiffsteerError: it has another number, or a value is out of its range.
+    """
+    asked = {"particles": particles} if particles is not None and "particles" in fields.names(method) else {}
+    made = method(**options, **asked)
+    if particles not in (None, made.particles):
+        raise DiffsteerError(f"the sampler {made.name} has {made.particles} particles, not {particles}")
+    return made
 
 
 def to_samples(decoded: Tensor) -> Tensor:

@@ -90,7 +90,9 @@ def test_both_forms_run_and_complain_alike() -> None:
             raise DiffsteerError("three is wrong")
 
     bounds = {"min": 0.0, "max": 5.0}
-    node = Node("N", "N", "n", (Input("weight", "FLOAT", "", 1.0, bounds),), (("FLOAT", "twice"),), run, check, is_output=True)
+    node = Node(
+        "N", "N", "n", (Input("weight", "FLOAT", "", 1.0, bounds),), (("FLOAT", "twice"),), run, check, ("weight",), True
+    )
     v1: Any = as_v1(node)
     assert v1().run(weight=2.0, graph="g", extra=None) == {"ui": {"text": ["g"]}, "result": (4.0,)}
     assert v1.INPUT_TYPES()["hidden"] == {"graph": "PROMPT", "extra": "EXTRA_PNGINFO"}
@@ -127,6 +129,13 @@ def test_both_forms_run_and_complain_alike() -> None:
 def test_wrong_values_are_complained_of(id: str, changed: dict[str, Any], said: str) -> None:
     given = {w.name: w.default for w in NODES[id].widgets} | changed
     assert said in str(NODES[id].complaint(given))
+
+
+def test_what_comes_over_a_link_hinders_no_other_complaint() -> None:
+    node = NODES["DiffsteerSampler_fk"]
+    given = {w.name: w.default for w in node.widgets}
+    assert "must exceed" in str(node.complaint({**given, "threshold": 0.4, "prompt": None}))
+    assert node.complaint({**given, "potential": "max", "scale": None}) is True  # it may be just what is missing
 
 
 FK = st.fixed_dictionaries(

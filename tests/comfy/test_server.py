@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -64,7 +65,8 @@ def server(comfyui: Path, python: Path, place: Path) -> Iterator[Server]:
         running.stop()
         kept = os.environ.get("DIFFSTEER_COMFYUI_KEEP")  # a folder for what it printed and drew
         if kept:
-            subprocess.run(["cp", "-r", str(running.output), str(running.log), kept], check=True)
+            shutil.copytree(running.output, Path(kept) / "output", dirs_exist_ok=True)
+            shutil.copy(running.log, kept)
 
 
 def succeeded(result: dict[str, Any]) -> dict[str, Any]:

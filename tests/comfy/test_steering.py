@@ -178,6 +178,18 @@ def test_refusals(changed: dict[str, Any], said: str) -> None:
         run(**changed)
 
 
+def test_a_method_with_a_number_of_its_own_keeps_it() -> None:
+    class Pair(BestOfN):
+        def __init__(self, eta: float = 1.0) -> None:
+            super().__init__(2, eta)
+
+    Pair.__dataclass_fields__ = {"eta": BestOfN.__dataclass_fields__["eta"]}  # its number is no setting
+    assert run(rows=2, method=Pair, options={})[1].rewards.shape == (1, 2)
+    assert run(rows=4, method=Pair, options={}, particles=2)[1].rewards.shape == (2, 2)
+    with pytest.raises(DiffsteerError, match="has 2 particles, not 4"):
+        run(rows=4, method=Pair, options={})
+
+
 class Held:
     def __init__(self, cond: Tensor) -> None:
         self.cond = cond
