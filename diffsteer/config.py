@@ -21,10 +21,11 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from diffsteer import __version__
 from diffsteer.fingerprint import exists, fingerprints
-from diffsteer.registry import KINDS, find, nearest, registered
+from diffsteer.registry import find, nearest, registered
 from diffsteer.types import DiffsteerError
 
 VERBATIM = ("prompt", "negative_prompt")
+GROUPS = ("sampler", "reward")  # of the registry, that can be configured
 # Keys that do not change what a prompt's result is. `chunk` does in a deterministic run, where every block has that size.
 _WITHOUT_EFFECT = ("prompt", "prompts", "out", "batch")
 
@@ -99,7 +100,7 @@ def register_schemas() -> None:
     store = ConfigStore.instance()
     store.store(name="config", group="schema", node=Config)
     shipped = Path(__file__).parent / "configs"
-    for kind in KINDS:
+    for kind in GROUPS:
         for name, cls in registered(kind).items():
             store.store(name=name, group=f"schema/{kind}", node=schema(cls, name))
             if not (shipped / kind / f"{name}.yaml").exists():
@@ -193,7 +194,7 @@ def _names_a_file(value: str) -> bool:
 
 def _options(group: str) -> list[str]:
     shipped = [f.stem for f in (Path(__file__).parent / "configs" / group).glob("*.yaml")]
-    return sorted({*shipped, *(registered(group) if group in KINDS else ())})
+    return sorted({*shipped, *(registered(group) if group in GROUPS else ())})
 
 
 def quoted(text: str) -> str:

@@ -20,7 +20,7 @@ from diffsteer.control import Control, check_noise
 from diffsteer.families import family_of
 from diffsteer.ledger import Ledger
 from diffsteer.particles import reindex
-from diffsteer.reward import Reward, RewardFunction, as_reward
+from diffsteer.reward import Reward, RewardFunction, as_reward, prepare
 from diffsteer.scheduler import install
 from diffsteer.selection import Scorer, Selection, check_inputs, choose
 from diffsteer.types import Context, DiffsteerError, Problem, Sampler, Trace
@@ -155,7 +155,7 @@ class Steering(Control):
         self.ledger = Ledger().open()
         for reward in (self.reward, self.choice):
             if reward is not None:
-                reward.prepare(self.prompts, Context(0, total, self.embedded))
+                prepare(reward, self.prompts, Context(0, total, self.embedded))
         levels = getattr(self.scheduler, "levels", [])[index:]
         noise = self.noise_kind
         noisy = [

@@ -1,4 +1,5 @@
-"""Samplers and rewards by name: those that ship, and those of entry points (`diffsteer.samplers`, `diffsteer.rewards`)."""
+"""Samplers, rewards and schedules by name: those that ship, and those of entry points (`diffsteer.samplers`,
+`diffsteer.rewards`, `diffsteer.schedules`)."""
 
 from __future__ import annotations
 
@@ -11,11 +12,12 @@ from typing import Any
 
 from diffsteer.types import DiffsteerError
 
-KINDS = {"sampler": "diffsteer.samplers", "reward": "diffsteer.rewards"}
+KINDS = {"sampler": "diffsteer.samplers", "reward": "diffsteer.rewards", "schedule": "diffsteer.schedules"}
 
 
 def registered(kind: str) -> dict[str, type[Any]]:
-    """Every class of a kind ("sampler" or "reward") by its name. What ships cannot be replaced by a plug-in of the same name.
+    """Every class of a kind ("sampler", "reward" or "schedule") by its name. What ships cannot be replaced by a plug-in of the
+    same name.
 
     Raises:
         DiffsteerError: a plug-in that cannot be imported.

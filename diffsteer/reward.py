@@ -128,6 +128,12 @@ def as_reward(reward: Reward | RewardFunction, input: str = "pixels") -> Reward:
     return FunctionReward(reward, input)
 
 
+def prepare(reward: Reward, prompts: Sequence[str], ctx: Context) -> None:
+    """`Reward.prepare`, outside inference mode: what is loaded there may be asked for a gradient another time."""
+    with torch.inference_mode(False):
+        reward.prepare(prompts, ctx)
+
+
 def scores_images(reward: Reward) -> bool:
     """Is it, or one of the terms of a sum, a reward of images alone?"""
     return any(r.modality == "image" and r.input == "pixels" for _, r in _terms(reward))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffsteer import media
 from diffsteer.ledger import Ledger
-from diffsteer.reward import Reward
+from diffsteer.reward import Reward, prepare
 from diffsteer.selection import Scorer, Selection, check_inputs, choose
 from diffsteer.session import Session
 from diffsteer.types import Context, DiffsteerError, Info, Problem, Sampler, Trace
@@ -154,7 +154,7 @@ def run(
     check_inputs(session.decoder is not None, reward, choice, makes=session.makes)
     for r in (reward, choice):
         if r is not None:
-            r.prepare(texts, Context(0, session.steps, session.embedded))
+            prepare(r, texts, Context(0, session.steps, session.embedded))
     problem = Problem(len(session.prompts), session.steps, session.last_noise, session.seed, session.ids)
     scorer = Scorer(reward, session.decoder, texts, ledger, session.embedded, session.cut, session.tiny_decoder)
     select = Selection(sampler, problem, scorer, watch)

@@ -15,6 +15,7 @@ import torch
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+    torch.manual_seed(0)
 
 
 def build_toy_pipeline() -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from functools import partial
 from typing import Any
 
-from diffsteer import schedules
 from diffsteer.comfy import parts, sampling
 from diffsteer.comfy.host import HOST, Host
 from diffsteer.comfy.node import Node, as_v1, as_v3
@@ -15,16 +16,18 @@ V3 = "comfy_api.v0_0_2"  # a version of ComfyUI's interface that stays as it is
 
 
 def nodes(host: Host = HOST) -> list[Node]:
-    """Every node: those that are written, and one a registered sampler (without gradients), reward and schedule."""
-    samplers = {n: c for n, c in sorted(registered("sampler").items()) if not c.needs_grad}
-    listed = [getattr(schedules, name) for name in schedules.__all__]
-    return [
-        *sampling.nodes(host),
-        *(sampler_node(name, cls, host) for name, cls in samplers.items()),
-        *(reward_node(name, cls) for name, cls in sorted(registered("reward").items())),
-        *(schedule_node(cls.name, cls) for cls in listed),
-        *parts.nodes(host),
-    ]
+    """Every node: those that are written, and one a registered sampler (without gradients), reward and schedule. One of these
+    that cannot be a node is left out, and said."""
+    found = sampling.nodes(host)
+    for kind, make in (("sampler", partial(sampler_node, host=host)), ("reward", reward_node), ("schedule", schedule_node)):
+        for name, cls in sorted(registered(kind).items()):
+            if kind == "sampler" and cls.needs_grad:
+                continue  # a SAMPLER takes no gradients
+            try:
+                found.append(make(name, cls))
+            except Exception as error:
+                warnings.warn(f"the {kind} {name} is no node: {error}", stacklevel=2)
+    return [*found, *parts.nodes(host)]
 
 
 def for_comfyui() -> dict[str, Any]:

@@ -104,7 +104,9 @@ def gradient_guidance() -> Graph:
     guider = start.graph.add("DiffsteerGuider", **start.conditions, **start.scored, cfg=CFG)["guider"]
     euler = start.graph.add("KSamplerSelect", sampler_name="euler_ancestral")["SAMPLER"]
     drawn = start.sampled(start.noise(), guider, euler, start.sigmas())
-    start.save(start.decoded(drawn), "gradient_guidance")
+    report = start.graph.add("DiffsteerGuidanceReport", latent=drawn, guider=guider)["text"]
+    start.save(start.decoded(drawn), "gradient_guidance", notes=report)
+    start.graph.add("PreviewAny", "Report", source=report)
     return start.graph
 
 
@@ -144,8 +146,8 @@ class Start:
     def decoded(self, latent: Link) -> Link:
         return self.graph.add("VAEDecode", samples=latent, vae=self.vae)["IMAGE"]
 
-    def save(self, images: Link, name: str, run: Link | None = None) -> None:
-        told: dict[str, Any] = {} if run is None else {"run": run}
+    def save(self, images: Link, name: str, run: Link | None = None, notes: Link | None = None) -> None:
+        told: dict[str, Any] = {key: link for key, link in (("run", run), ("notes", notes)) if link is not None}
         self.graph.add("DiffsteerSave", images=images, filename_prefix=f"diffsteer/{name}", **told)
 
 

@@ -44,7 +44,7 @@ class Graph:
         """Add a node; widgets that are not given keep their defaults.
 
         Raises:
-            DiffsteerError: an unknown node or input, or a socket left open.
+            DiffsteerError: an unknown node or input, a socket left open, or a value that its widget does not take.
         """
         if kind not in self.known:
             raise DiffsteerError(f"there is no node {kind}")
@@ -54,6 +54,9 @@ class Graph:
         missing = [i.name for i in node.inputs if not (i.is_widget or i.optional or i.name in inputs)]
         if strange or missing:
             raise DiffsteerError(f"{kind}: unknown inputs {strange}, missing inputs {missing}")
+        said = node.complaint({name: value for name, value in inputs.items() if not isinstance(value, Link)})
+        if said is not True:
+            raise DiffsteerError(f"{node.title}: {said}")
         id = str(len(self.placed) + 1)
         values = {i.name: inputs.get(i.name, i.default) for i in node.inputs if i.is_widget or i.name in inputs}
         self.placed[id] = (node, title or node.title, values)
@@ -129,9 +132,10 @@ def _node(kind: str, inputs: tuple[Input, ...], *outputs: tuple[str, str]) -> No
     return Node(kind, title, "", inputs, outputs, run=lambda **_: None)
 
 
-_STEPS = Input("steps", "INT", "", 20)
-_CFG = Input("cfg", "FLOAT", "", 8.0)
-_DENOISE = Input("denoise", "FLOAT", "", 1.0)
+_STEPS = Input("steps", "INT", "", 20, {"min": 1, "max": 10000})
+_CFG = Input("cfg", "FLOAT", "", 8.0, {"min": 0.0, "max": 100.0})
+_DENOISE = Input("denoise", "FLOAT", "", 1.0, {"min": 0.0, "max": 1.0})
+_SIDE = {"min": 16, "max": 16384}
 _MODEL = Input("model", "MODEL")
 _LATENT = Input("latent_image", "LATENT")
 _CONDITIONS = (Input("positive", "CONDITIONING"), Input("negative", "CONDITIONING"))
@@ -150,7 +154,11 @@ COMFYUI = (
     _node("CLIPTextEncode", (Input("text", "STRING", "", ""), Input("clip", "CLIP")), ("CONDITIONING", "CONDITIONING")),
     _node(
         "EmptyLatentImage",
-        (Input("width", "INT", "", 512), Input("height", "INT", "", 512), Input("batch_size", "INT", "", 1)),
+        (
+            Input("width", "INT", "", 512, _SIDE),
+            Input("height", "INT", "", 512, _SIDE),
+            Input("batch_size", "INT", "", 1, {"min": 1, "max": 4096}),
+        ),
         ("LATENT", "LATENT"),
     ),
     _node(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -18,12 +17,17 @@ class Host:
 
         comfy.model_management.throw_exception_if_processing_interrupted()
 
-    def keep_loaded(self, guider: Any) -> None:
-        """Bring the model back to where it computes: decoding in the middle of a run may have moved it away."""
+    def keep_loaded(self, guider: Any, shape: Sequence[int]) -> None:
+        """Bring the model back to where it computes, with room for states of that shape: decoding in the middle of a run may
+        have moved it away."""
         import comfy.model_management
+        import comfy.sampler_helpers
 
         more = getattr(guider, "loaded_models", [])
-        comfy.model_management.load_models_gpu([guider.model_patcher, *more])
+        wanted, least = comfy.sampler_helpers.estimate_memory(guider.model_patcher, list(shape), guider.conds)
+        comfy.model_management.load_models_gpu(
+            [guider.model_patcher, *more], memory_required=wanted, minimum_memory_required=least
+        )
 
     def sampler(self, function: Callable[..., Tensor]) -> Any:
         """A SAMPLER of a sampler function."""
@@ -94,13 +98,6 @@ class Host:
         from comfy.cli_args import args
 
         return not args.disable_metadata
-
-    def device(self) -> torch.device:
-        """Where models compute."""
-        import comfy.model_management
-
-        device: torch.device = comfy.model_management.get_torch_device()
-        return device
 
 
 HOST = Host()

@@ -12,6 +12,7 @@ from diffsteer.types import DiffsteerError
 CATEGORY = "diffsteer"
 # Sockets of our own.
 REWARD, STEERING, RUN = "DIFFSTEER_REWARD", "DIFFSTEER_STEERING", "DIFFSTEER_RUN"
+_NUMBERS: dict[str, Any] = {"INT": int, "FLOAT": (int, float)}
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 MOST = 2**64 - 1  # the largest seed of ComfyUI's widgets
 
@@ -70,9 +71,22 @@ class Node:
     checked: tuple[str, ...] = ()
     is_output: bool = False
 
+    def __post_init__(self) -> None:
+        names = [i.name for i in self.inputs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise DiffsteerError(f"the node {self.id} has two inputs {twice[0]!r}: a field may not be called so")
+
     @property
     def widgets(self) -> tuple[Input, ...]:
         return tuple(i for i in self.inputs if i.is_widget)
+
+    def known(self, widget: Input) -> list[str]:
+        """The choices of a COMBO; none where only a ComfyUI that is not here knows them."""
+        try:
+            return widget.listed()
+        except ImportError:
+            return []
 
     def complaint(self, given: dict[str, Any]) -> bool | str:
         """True, or in one line what is wrong with the widgets' values; those that come over a link are not known yet."""
@@ -80,8 +94,10 @@ class Node:
             value, low, high = given.get(widget.name), widget.options.get("min"), widget.options.get("max")
             if value is None:
                 continue
-            if widget.type == "COMBO" and value not in widget.listed():
-                return f"{widget.name}={value!r} is unknown; valid: {', '.join(widget.listed())}"
+            if widget.type in _NUMBERS and not (isinstance(value, _NUMBERS[widget.type]) and not isinstance(value, bool)):
+                return f"{widget.name}={value!r} is no {'whole ' if widget.type == 'INT' else ''}number"
+            if widget.type == "COMBO" and (listed := self.known(widget)) and value not in listed:
+                return f"{widget.name}={value!r} is unknown; valid: {', '.join(listed)}"
             if (low is not None and value < low) or (high is not None and value > high):
                 return f"{widget.name}={value}; it lies in [{low}, {high}]"
         if self.check is None or any(given.get(name) is None for name in self.checked):

@@ -26,8 +26,9 @@ class KeyedNoise:
     def generate_noise(self, latent: dict[str, Any]) -> Tensor:
         """Standard normal noise shaped as the latent (N, ...)."""
         samples = latent["samples"]
-        each = self.particles or len(samples)
-        return keyed(self.seed, len(samples), each, samples)
+        numbers = latent.get("batch_index") or range(len(samples))  # of rows that were taken out of a batch
+        keys: list[tuple[rng.Id, int]] = [divmod(n, self.particles) if self.particles else (0, n) for n in numbers]
+        return rng.normal(self.seed, keys, 0, "start", samples.shape[1:])
 
 
 @dataclass(frozen=True)

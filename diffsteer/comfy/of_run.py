@@ -38,8 +38,8 @@ def graph_of(
 ) -> Graph:
     """The graph that does what ``diffsteer generate`` with this configuration does, particles as the rows of the latent batch.
 
-    The steps are ComfyUI's scheduler "simple", which is not always the grid of the pipeline's own scheduler, and noise is keyed
-    alike; so results are of the same kind, not equal.
+    The steps are ComfyUI's scheduler "simple", which is not always the grid of the pipeline's own scheduler. Noise is keyed by
+    the seed as for a single prompt (a prompt of a file is keyed by its id there). So results are of the same kind, not equal.
 
     Args:
         prompt: one of those that the configuration names.
@@ -61,7 +61,7 @@ def graph_of(
     positive = graph.add("CLIPTextEncode", "Positive", text=words, clip=clip)["CONDITIONING"]
     negative = graph.add("CLIPTextEncode", "Negative", text=config.negative_prompt or "", clip=clip)["CONDITIONING"]
     conditions = {"model": model, "positive": positive, "negative": negative}
-    cfg = cfg if config.guidance_scale is None else config.guidance_scale
+    cfg = cfg if config.guidance_scale is None else max(1.0, config.guidance_scale)  # below, diffusers does not guide at all
     steps = config.num_inference_steps or steps
     if sampler is None:
         drawn = graph.add("KSampler", **conditions, latent_image=latent, seed=config.seed, steps=steps, cfg=cfg)

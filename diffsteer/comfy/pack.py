@@ -65,6 +65,7 @@ posted to `/prompt`.
 
 def folder_of(path: Path) -> Path:
     """The pack's folder: itself, or the one inside a ComfyUI or its `custom_nodes`."""
+    path = path.resolve()
     if (path / "custom_nodes").is_dir():
         return path / "custom_nodes" / NAME
     return path / NAME if path.name == "custom_nodes" else path
@@ -110,7 +111,7 @@ def doctor(path: str | Path) -> Iterator[tuple[bool, str]]:
     if folder.parent.name != "custom_nodes" or not (comfyui / "comfyui_version.py").is_file():
         yield False, f"{folder} lies in no custom_nodes folder of a ComfyUI, where it would be found"
         return
-    said = re.search(r'__version__ = "([\d.]+)', (comfyui / "comfyui_version.py").read_text())
+    said = re.search(r'__version__ = "([\d.]+)', _read(comfyui / "comfyui_version.py"))
     version = tuple(int(n) for n in said[1].split(".")) if said else ()
     yield (
         version >= LEAST_COMFYUI,
@@ -125,20 +126,22 @@ def doctor(path: str | Path) -> Iterator[tuple[bool, str]]:
 
 
 def _of_pack(folder: Path) -> Iterator[tuple[bool, str]]:
-    missing = [name for name in ("__init__.py", "pyproject.toml", "requirements.txt") if not (folder / name).is_file()]
+    files = ("__init__.py", "pyproject.toml", "requirements.txt", *(f"example_workflows/{name}.json" for name in EXAMPLES))
+    missing = [name for name in files if not (folder / name).is_file()]
     yield not missing, f"node pack in {folder}" + (f", without {', '.join(missing)}" if missing else "")
     if missing:
         return
-    version = re.search(r'^version = "(.*)"', (folder / "pyproject.toml").read_text(), re.M)
+    yield _read(folder / "__init__.py") == INIT, "its __init__.py is as exported, and only hands the package over"
+    version = re.search(r'^version = "(.*)"', _read(folder / "pyproject.toml"), re.M)
     found = version[1] if version else "unknown"
     yield found == __version__, f"it is of diffsteer {found}; this is {__version__}"
-    wanted = [line.split("#")[0].strip() for line in (folder / "requirements.txt").read_text().splitlines()]
+    wanted = [line.split("#")[0].strip() for line in _read(folder / "requirements.txt").splitlines()]
     touched = [line for line in wanted if re.match(r"(torch|torchvision|torchaudio)\b", line)]
     yield not touched, "its requirements leave torch alone" if not touched else f"its requirements touch {', '.join(touched)}"
     known = facts()
     for file in sorted((folder / "example_workflows").glob("*.json")):
         try:
-            kinds = {n["type"] for n in json.loads(file.read_text())["nodes"]}
+            kinds = {n["type"] for n in json.loads(_read(file))["nodes"]}
             strange = sorted(k for k in kinds if k not in known and k != "MarkdownNote")
         except (ValueError, KeyError, TypeError) as error:
             yield False, f"{file.name} is no graph ({error})"
@@ -165,12 +168,18 @@ def _of_python(comfyui: Path) -> Iterator[tuple[bool, str]]:
         "def version(name):\n"
         "    try: return m.version(name)\n"
         "    except m.PackageNotFoundError: return None\n"
-        "print(json.dumps({n: version(n) for n in ('diffsteer', 'torch', 'open_clip_torch', 'diffusers')}))"
+        "found = {n: version(n) for n in ('diffsteer', 'torch', 'open_clip_torch', 'diffusers')}\n"
+        "try:\n"
+        "    from diffsteer.comfy.catalogue import nodes\n"
+        "    found['nodes'] = str(len(nodes()))\n"
+        "except Exception as error: found['nodes'] = None; found['error'] = f'{type(error).__name__}: {error}'\n"
+        "print(json.dumps(found))"
     )
     try:
-        done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, timeout=60, check=True)
-        found: dict[str, str | None] = json.loads(done.stdout)
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, timeout=120, check=True)
+        found: dict[str, str | None] = json.loads(done.stdout.splitlines()[-1])
+        made, error_there = found.pop("nodes", None), found.pop("error", None)
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError, AttributeError) as error:
         yield False, f"{python} cannot be asked ({error})"
         return
     for name, version in found.items():
@@ -180,13 +189,19 @@ def _of_python(comfyui: Path) -> Iterator[tuple[bool, str]]:
         if name == "torch" and version:
             well = tuple(int(n) for n in re.findall(r"\d+", version)[:2]) >= LEAST_TORCH
         yield well, f"{name} {version or 'is missing'} in {python}"
+    yield made is not None, f"{made} nodes" if made else f"the nodes cannot be made there ({error_there})"
 
 
 def _is_ours(folder: Path) -> bool:
+    return MARK in _read(folder / "pyproject.toml")
+
+
+def _read(file: Path) -> str:
+    """A text file, whatever is in it; nothing where there is none."""
     try:
-        return MARK in (folder / "pyproject.toml").read_text()
+        return file.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return False
+        return ""
 
 
 def _dotted(version: tuple[int, ...]) -> str:

@@ -20,11 +20,11 @@ from diffsteer.comfy.node import REWARD, RUN, STEERING, Input, Node, Shown
 from diffsteer.comfy.registered import PROMPT
 from diffsteer.comfy.steering import Record, Steering, indexed, to_samples
 from diffsteer.ledger import Ledger
-from diffsteer.reward import Reward
+from diffsteer.reward import Reward, prepare
 from diffsteer.run import OUTPUTS
 from diffsteer.selection import Scorer, check_inputs
 from diffsteer.shapes.models import MODELS
-from diffsteer.types import Context
+from diffsteer.types import Context, DiffsteerError
 
 AT_A_TIME = 8  # images in a reward
 OUTPUT = Input(
@@ -49,7 +49,7 @@ def add_rewards(a: Reward, weight_a: float, weight_b: float, b: Reward | None = 
 def score_images(images: Tensor, reward: Reward, prompt: str, keep: int) -> tuple[Tensor, str]:
     """Images (N, H, W, C) from the best to the worst, those without a score last, and a line for each."""
     check_inputs(True, reward)
-    reward.prepare([prompt], Context())
+    prepare(reward, [prompt], Context())
     scorer = Scorer(reward, None, [prompt], Ledger(), cut=Blocks(AT_A_TIME))
     scores = scorer.score(to_samples(images).float(), 1, 1)[0]
     order = scores.nan_to_num(nan=-math.inf).argsort(descending=True, stable=True)[: keep or None].tolist()
@@ -58,7 +58,7 @@ def score_images(images: Tensor, reward: Reward, prompt: str, keep: int) -> tupl
 
 def select(latent: dict[str, Any], steering: Steering, output: str) -> tuple[dict[str, Any], Record]:
     record = steering.record_of(latent["samples"])
-    return indexed(latent, record.rows(output)), record
+    return indexed(latent, record.rows(output), record.origin.tolist()), record
 
 
 def lineage_picture(run: Record) -> tuple[Tensor]:
@@ -82,11 +82,20 @@ def ledger_text(run: Record) -> tuple[str]:
     return ("\n".join([*said, "", *events, "", "rewards", *rewards, "", str(run.ledger)]),)
 
 
+def guidance_text(latent: dict[str, Any], guider: Any) -> tuple[str]:
+    pull = getattr(guider, "pull", None)
+    run = None if pull is None else pull.runs.find(latent["samples"])
+    if run is None:
+        raise DiffsteerError("these latents are of no run of this guider: connect both of one sampling node, unchanged")
+    return (str(run),)
+
+
 def saver(host: Host) -> Any:
     def save_images(
         images: Tensor,
         filename_prefix: str,
         run: Record | None = None,
+        notes: str = "",
         graph: dict[str, Any] | None = None,
         extra: dict[str, Any] | None = None,
     ) -> Shown:
@@ -95,7 +104,7 @@ def saver(host: Host) -> Any:
         folder, name, number, subfolder = host.output_folder(filename_prefix, width, height)
         info = PngInfo()
         if host.metadata():
-            told = {"prompt": graph, **(extra or {}), "diffsteer": about(run)}
+            told = {"prompt": graph, **(extra or {}), "diffsteer": about(run, notes)}
             for key, value in told.items():
                 if value is not None:
                     info.add_text(key, json.dumps(value))
@@ -111,12 +120,13 @@ def saver(host: Host) -> Any:
     return save_images
 
 
-def about(run: Record | None) -> dict[str, Any]:
+def about(run: Record | None, notes: str) -> dict[str, Any]:
     """What is written into a picture beside the graph."""
+    told: dict[str, Any] = {"version": __version__} | ({"notes": notes} if notes else {})
     if run is None:
-        return {"version": __version__}
+        return told
     rewards = [[r if math.isfinite(r) else None for r in row] for row in run.rewards.tolist()]
-    return {"version": __version__, "settings": run.settings, "rewards": rewards, "ledger": run.ledger.counts}
+    return told | {"settings": run.settings, "rewards": rewards, "ledger": run.ledger.counts}
 
 
 def nodes(host: Host = HOST) -> list[Node]:
@@ -192,6 +202,18 @@ def nodes(host: Host = HOST) -> list[Node]:
             ledger_text,
         ),
         Node(
+            "DiffsteerGuidanceReport",
+            "Guidance report",
+            "What the gradient guidance did in a run, as text for Preview Any: settings, the reward at each guided step, and "
+            "how many updates were skipped since their gradients were no numbers.",
+            (
+                Input("latent", "LATENT", "As the sampling node made it."),
+                Input("guider", "GUIDER", "That the sampling node used."),
+            ),
+            (("STRING", "text"),),
+            guidance_text,
+        ),
+        Node(
             "DiffsteerSave",
             "Save steered images",
             "PNG files with the graph, the settings, the rewards and the cost in their metadata. Drop one on the canvas to get "
@@ -200,6 +222,7 @@ def nodes(host: Host = HOST) -> list[Node]:
                 Input("images", "IMAGE"),
                 Input("filename_prefix", "STRING", "", "diffsteer/steered"),
                 Input("run", RUN, optional=True),
+                Input("notes", "STRING", "Written into the metadata, too.", "", {"multiline": True}, optional=True),
             ),
             (),
             saver(host),

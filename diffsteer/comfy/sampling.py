@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -84,7 +83,7 @@ def all_in_one(host: Host) -> Node:
         sigmas = host.sigmas(model, scheduler, steps, denoise)
         steering = Steering(find("sampler", method), {}, particles, reward, prompt, vae, "eta", chunk or None, host)
         samples, record = sample(host, steering, model, (positive, negative, cfg), latent, noise, sigmas, seed)
-        kept = indexed({**latent, "samples": samples}, record.rows(output))
+        kept = indexed({**latent, "samples": samples}, record.rows(output), record.origin.tolist())
         decoded = vae.decode(kept["samples"])
         return decoded.flatten(0, 1) if decoded.ndim == 5 else decoded, kept, record
 
@@ -226,5 +225,5 @@ def gradient_guider(host: Host) -> Node:
     )
 
 
-def nodes(host: Host = HOST) -> Sequence[Node]:
+def nodes(host: Host = HOST) -> list[Node]:
     return [all_in_one(host), noise_search(host), keyed_noise(), gradient_guider(host)]

@@ -36,7 +36,7 @@ def levels_of(path: str, sigmas: Tensor) -> list[Level]:
     Raises:
         DiffsteerError: sigmas that do not fall.
     """
-    values = sigmas.double().cpu()
+    values = sigmas.cpu().double()  # some accelerators have no float64
     if bool((values[1:] >= values[:-1]).any()):
         raise DiffsteerError(f"the sigmas must fall from step to step; these are {[round(float(s), 4) for s in values]}")
     return [level(1 - s, s) if path == "flow" else level(1.0, s) for s in values]
@@ -89,7 +89,10 @@ class ComfySession(Session):
         self.callback, self.stop_if_interrupted = callback, stop_if_interrupted
         self.embedded = bool(getattr(self.inner, "diffsteer_embedded", False))
         self.origin = torch.arange(len(x))  # which row of the batch each particle descends from
-        if particles > 1:
+        self.clean = x  # the last clean estimates, (N, *shape)
+        if "SVD_img2vid" in {cls.__name__ for cls in type(self.inner).__mro__} and particles > 1:
+            raise UnsupportedError("the rows of this model's batch are the frames of one video: set particles to 1")
+        if particles > 1 or (isinstance(chunk, int) and chunk < len(x)):
             _refuse_rows_apart(getattr(self.guider, "conds", {}))
 
     def noise(self, rows: Sequence[int] | None = None) -> Tensor:
@@ -106,7 +109,7 @@ class ComfySession(Session):
             for k in range(self.steps):
                 self.stop_if_interrupted()
                 arrival = self.segment(x, k, k + 1)
-                x, last = arrival.x, k + 1 == self.steps
+                x, self.clean, last = arrival.x, arrival.x0, k + 1 == self.steps
                 if self.callback is not None:
                     sigma = self.sigmas[k]
                     self.callback({"x": x, "i": k, "sigma": sigma, "sigma_hat": sigma, "denoised": arrival.x0})
@@ -155,7 +158,10 @@ def _rows(held: Tensor, origin: Tensor) -> Tensor:
 
 def _refuse_rows_apart(conds: dict[str, Any]) -> None:
     for cond in (c for listed in conds.values() for c in listed):
-        held = [getattr(value, "cond", None) for value in cond.get("model_conds", {}).values()]
+        held: list[Any] = [cond.get("mask")]
+        for value in cond.get("model_conds", {}).values():
+            inside = getattr(value, "cond", None)
+            held += inside if isinstance(inside, list) else [inside]
         control = cond.get("control")
         while control is not None:
             held.append(getattr(control, "cond_hint_original", None))

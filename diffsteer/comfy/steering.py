@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
+import hashlib
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,12 +17,11 @@ from diffsteer.comfy.host import HOST, Host
 from diffsteer.comfy.session import ComfySession
 from diffsteer.ledger import Ledger
 from diffsteer.reward import Reward
-from diffsteer.run import SteeredOutput, run
+from diffsteer.run import run
 from diffsteer.selection import choose
 from diffsteer.types import DiffsteerError, Sampler, Trace
 
-KEPT = 16  # runs that a sampler remembers
-_POINTS = 256  # values of a row by which latents are known again
+KEPT = 1024  # runs that a sampler remembers
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,14 @@ class Record:
     Attributes:
         settings: what made it, in plain values.
         rewards, log_weights: (P, K). chosen: (P,), the best. seed, ids: see `choose`.
+        origin: (N,), which row of the latent batch each particle descends from.
     """
 
     settings: dict[str, Any]
     rewards: Tensor
     log_weights: Tensor
     chosen: Tensor
+    origin: Tensor
     seed: int
     ids: tuple[int | str, ...]
     trace: Trace
@@ -63,7 +65,7 @@ class Steering:
         prompt: what the reward is told.
         vae: what decodes for rewards that look at pixels.
         noise, chunk: as for `SteeredPipeline`.
-        records: of the last runs, each with points of its latents.
+        records: of the last runs, by their latents.
     """
 
     method: type[Any]
@@ -75,7 +77,7 @@ class Steering:
     noise: str = "eta"
     chunk: Size = None
     host: Host = HOST
-    records: deque[tuple[Tensor, Record]] = field(default_factory=lambda: deque(maxlen=KEPT))
+    records: Memory = field(default_factory=lambda: Memory())
 
     def make(self, particles: int | None) -> Sampler:
         """The method with so many particles.
@@ -100,19 +102,7 @@ class Steering:
         """What ComfyUI calls: states (N, ...) at ``sigmas[0]`` -> states at ``sigmas[-1]``, all of them, in their places."""
         if len(sigmas) < 2:
             return x
-        states, _ = self.run(model, x, sigmas, extra_args or {}, callback)
-        return states
-
-    def run(
-        self,
-        model: Any,
-        x: Tensor,
-        sigmas: Tensor,
-        extra_args: dict[str, Any],
-        callback: Callable[[dict[str, Any]], None] | None,
-        watch: Callable[[SteeredOutput], None] | None = None,
-    ) -> tuple[Tensor, Record]:
-        """The states at the end, and the record."""
+        extra_args = extra_args or {}
         sampler = self.make(self.particles or len(x))
         session = ComfySession(
             model,
@@ -125,7 +115,7 @@ class Steering:
             eta=sampler.eta,
             noise=self.noise,
             chunk=self.chunk,
-            decoder=self._decoder(model.inner_model),
+            decoder=self._decoder(model.inner_model, x.shape),
             stop_if_interrupted=self.host.stop_if_interrupted,
         )
         session.makes = "sound" if getattr(self.vae, "latent_dim", 2) == 1 else ""
@@ -135,6 +125,7 @@ class Steering:
             rewards=out.rewards,
             log_weights=out.log_weights,
             chosen=out.chosen,
+            origin=session.origin,
             seed=session.seed,
             ids=session.ids,
             trace=out.trace,
@@ -142,21 +133,19 @@ class Steering:
         )
         states = out.latents.flatten(0, 1)
         scaled = session.inner.model_sampling.inverse_noise_scaling(sigmas[-1], states)
-        self.records.append((_points(session.inner.process_latent_out(scaled.float())), record))
-        if watch is not None:
-            watch(out)
-        return states, record
+        for handed_on in (scaled, session.clean):  # the two outputs of SamplerCustomAdvanced
+            self.records.keep(session.inner.process_latent_out(handed_on.float()), record)
+        return states
 
     def record_of(self, latents: Tensor) -> Record:
-        """The record of the run that made these latents (N, ...), as SamplerCustomAdvanced hands them on.
+        """The record of the run that made these latents (N, ...), either output of SamplerCustomAdvanced.
 
         Raises:
             DiffsteerError: they are of no run of this sampler that is remembered.
         """
-        points = _points(latents)
-        for known, record in reversed(self.records):
-            if known.shape == points.shape and torch.allclose(known, points, rtol=1e-2, atol=1e-2, equal_nan=True):
-                return record
+        record: Record | None = self.records.find(latents)
+        if record is not None:
+            return record
         raise DiffsteerError(
             "these latents are not what this steering's sampler made: connect the LATENT of the sampling node that its SAMPLER "
             "runs in, unchanged, and the steering of the same node"
@@ -173,7 +162,7 @@ class Steering:
             "prompt": self.prompt,
         }
 
-    def _decoder(self, guider: Any) -> Callable[[Tensor], Tensor] | None:
+    def _decoder(self, guider: Any, shape: Sequence[int]) -> Callable[[Tensor], Tensor] | None:
         if self.reward is None or self.reward.input == "latents":
             return None
         if self.vae is None:
@@ -182,7 +171,7 @@ class Steering:
         def decode(states: Tensor) -> Tensor:
             self.host.stop_if_interrupted()
             samples = self.vae.decode(guider.inner_model.process_latent_out(states.float()))
-            self.host.keep_loaded(guider)
+            self.host.keep_loaded(guider, shape)
             return to_samples(samples)
 
         return decode
@@ -206,19 +195,46 @@ def to_samples(decoded: Tensor) -> Tensor:
     return decoded.movedim(-1, 1 if decoded.ndim == 3 else -3)
 
 
-def indexed(latent: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
-    """Some rows of a LATENT, with what it holds of each (masks, batch indices)."""
+def indexed(latent: dict[str, Any], rows: Sequence[int], origin: Sequence[int] | None = None) -> dict[str, Any]:
+    """Some rows of a LATENT, with what it holds of each (masks, batch indices).
+
+    Args:
+        origin: which row of what it holds belongs to each row of its samples, where these have moved.
+    """
     count = len(latent["samples"])
+    held = list(rows) if origin is None else [int(origin[r]) for r in rows]
     kept = dict(latent)
     for key, value in latent.items():
         if isinstance(value, Tensor) and value.ndim and len(value) == count:
-            kept[key] = value[list(rows)]
+            kept[key] = value[list(rows) if key == "samples" else held]
         elif isinstance(value, list) and len(value) == count:
-            kept[key] = [value[r] for r in rows]
+            kept[key] = [value[r] for r in held]
     return kept
 
 
-def _points(latents: Tensor) -> Tensor:
-    """Some values of each row, (N, n)."""
-    flat = latents.flatten(1).detach().float().cpu()
-    return flat[:, :: max(1, flat.shape[1] // _POINTS)].clone()
+class Memory:
+    """What runs left, found again by the latents that they made, in whichever number format these are handed on."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[str, Any] = OrderedDict()
+
+    def keep(self, latents: Tensor, left: Any) -> None:
+        """Keep what a run left beside its latents, in float32; the oldest is forgotten after `KEPT` others."""
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            self._kept[_digest(latents.to(dtype))] = left
+            self._kept.move_to_end(_digest(latents.to(dtype)))
+        while len(self._kept) > 3 * 2 * KEPT:
+            self._kept.popitem(last=False)
+
+    def find(self, latents: Tensor) -> Any:
+        """What was kept beside these latents, or None."""
+        return self._kept.get(_digest(latents))
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+
+def _digest(latents: Tensor) -> str:
+    plain = (latents.detach().cpu() + 0.0).contiguous()  # -0.0 is 0.0
+    told = f"{plain.dtype} {tuple(plain.shape)}".encode()
+    return hashlib.sha256(told + plain.view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -187,7 +187,7 @@ class FakeHost(Host):
         if self.asked == self.stop_at:
             raise Interrupted
 
-    def keep_loaded(self, guider: Any) -> None:
+    def keep_loaded(self, guider: Any, shape: Sequence[int]) -> None:
         self.reloads += 1
 
     def sampler(self, function: Callable[..., Tensor]) -> Any:

@@ -33,9 +33,14 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.output, self.log = folder / "output", folder / "server.log"
-        self.output.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         command = [str(python), "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port), "--disable-api-nodes"]
-        command += ["--output-directory", str(self.output), "--preview-method", "auto", *options]
+        for kind in ("output", "temp", "user", "input"):  # nothing is written into the checkout
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            command += [f"--{kind}-directory", str(folder / kind)]
+        if "--database-url" in (comfyui / "comfy" / "cli_args.py").read_text():  # there is none in older ones
+            command += ["--database-url", f"sqlite:///{folder / 'comfyui.db'}"]
+        command += ["--preview-method", "auto", *options]
         env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self._file = self.log.open("w")
         self.process = subprocess.Popen(command, cwd=comfyui, stdout=self._file, stderr=subprocess.STDOUT, env=env)

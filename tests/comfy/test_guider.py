@@ -78,7 +78,7 @@ def test_through_the_network_the_gradient_is_autograd_s_own() -> None:
     size = 0.5 * 5.0 / (1 + 25.0) ** 0.5
     rms = g.flatten(1).square().mean(1).sqrt().view(-1, 1, 1, 1)
     torch.testing.assert_close(moved, plain + size * g / rms, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(guider.pull.rewards[0], reward.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(guider.pull.run.rewards[step], reward.detach(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("through", ["x0", "network"])
@@ -110,7 +110,7 @@ def test_only_guided_steps_decode_and_guidance_helps() -> None:
         with torch.inference_mode():
             torch.manual_seed(0)
             made = host.sample(guider, torch.randn_like(noise), torch.zeros(4, *SHAPE), host.sampler(euler), sigmas, None, 0)
-        assert len(vae.decoded) == guider.pull.guided == (3 if strength else 0)  # steps 2, 4 and 6 of 8
+        assert len(vae.decoded) == len(guider.pull.run.rewards) == (3 if strength else 0)  # steps 2, 4 and 6 of 8
         with torch.no_grad():
             rewards[strength] = Red().score(vae.decode(made).movedim(-1, 1), [], Context())
     assert bool((rewards[0.4] > rewards[0.0]).all())
@@ -127,7 +127,7 @@ def test_gradients_that_are_no_numbers_are_skipped_counted_and_told() -> None:
     guider = guider_of(Guidance(strength=0.5), Half())
     moved = predict(guider, x, 3)
     assert torch.equal(moved[1], plain[1]) and not torch.allclose(moved[0], plain[0])
-    assert guider.pull.skipped == 1
+    assert guider.pull.run.skipped == 1
     host = FakeHost()
     sigmas = torch.linspace(10, 0, 3)
     with warnings.catch_warnings(record=True) as said:
@@ -137,6 +137,57 @@ def test_gradients_that_are_no_numbers_are_skipped_counted_and_told() -> None:
             guider.pull.guidance = Guidance(strength=0.5, start=0.0, stop=1.0)
             host.sample(guider, torch.randn(3, *SHAPE), torch.zeros(3, *SHAPE), one_step, sigmas, None, 0)
     assert any("1 updates were skipped" in str(w.message) for w in said)
+
+
+def test_the_report_is_of_the_run_that_made_the_latents() -> None:
+    from diffsteer.comfy.parts import guidance_text
+
+    host, guider = FakeHost(), guider_of(Guidance(strength=0.5, start=0.0, stop=1.0), Red(), vae=VAE())
+    one_step = host.sampler(lambda model, x, s, extra_args, **more: model(x, s[0] * x.new_ones(len(x)), **extra_args))
+    made = []
+    with torch.inference_mode():
+        for seed in (3, 4):
+            noise = torch.randn(2, *SHAPE)
+            made.append(host.sample(guider, noise, torch.zeros(2, *SHAPE), one_step, torch.linspace(10, 0, 3), None, seed))
+    first, second = (guidance_text({"samples": latents}, guider)[0] for latents in made)
+    assert "seed: 3" in first and "seed: 4" in second and "strength: 0.5" in first and "1 guided steps, 0 updates" in first
+    assert f"{float(guider.pull.run.rewards[0][0]):.4g}" in second
+    for latents, other in ((made[0] + 1, guider), (made[0], Guider(Patcher()))):
+        with pytest.raises(DiffsteerError, match="of no run of this guider"):
+            guidance_text({"samples": latents}, other)
+
+
+def test_rewards_are_prepared_outside_inference_mode_and_told_of_embedded_models() -> None:
+    told = []
+
+    class Told(Red):
+        def prepare(self, prompts: Any, ctx: Context) -> None:
+            told.append((torch.is_inference_mode_enabled(), ctx.embedded, list(prompts)))
+
+    guider, host = guider_of(Guidance(), Told(), vae=VAE()), FakeHost()
+    one_step = host.sampler(lambda model, x, s, extra_args, **more: x)
+    for embedded in (False, True):
+        guider.model_patcher.model.diffsteer_embedded = embedded
+        with torch.inference_mode():
+            host.sample(guider, torch.randn(1, *SHAPE), torch.zeros(1, *SHAPE), one_step, torch.linspace(10, 0, 3), None, 0)
+    assert told == [(False, False, ["any"]), (False, True, ["any"])]
+
+
+def test_a_decoder_that_lets_no_gradient_through_is_named() -> None:
+    class Tiled(VAE):
+        @torch.inference_mode()
+        def decode(self, latents: Tensor) -> Tensor:
+            return super().decode(latents)
+
+    with pytest.raises(DiffsteerError, match="lower chunk"):
+        predict(guider_of(Guidance(), Red(), vae=Tiled()), torch.randn(1, *SHAPE), 3)
+
+
+def test_the_model_is_brought_back_after_each_decode() -> None:
+    for through, wanted in (("x0", 1), ("network", 3)):  # through the network also before each block
+        guider = guider_of(Guidance(through=through), Red(), vae=VAE(), chunk=2)
+        predict(guider, torch.randn(4, *SHAPE), 3)
+        assert guider.pull.host.reloads == wanted
 
 
 def test_weights_are_lent_not_copied_and_given_back() -> None:
@@ -154,6 +205,30 @@ def test_weights_are_lent_not_copied_and_given_back() -> None:
     with pytest.raises(ZeroDivisionError), ordinary(network):
         1 / 0  # noqa: B018
     assert network[0].weight is before[0]
+
+
+def test_weights_that_were_moved_in_the_meantime_stay_where_they_are() -> None:
+    """Decoding loads an autoencoder where it computes, with the aliases in place."""
+    with torch.inference_mode():
+        network = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).eval()
+    with ordinary(network):
+        network.to(torch.float64)  # as .to(device) would
+    assert all(t.dtype == torch.float64 for t in network.parameters())
+    assert network(torch.randn(2, 3).double()).dtype == torch.float64
+
+
+def test_tensors_beside_modules_are_lent_too() -> None:
+    class Format:
+        def __init__(self) -> None:
+            self.mean, self.name = torch.ones(4, 1, 1), "wan"
+
+    with torch.inference_mode():
+        kind = Format()
+    before = kind.mean
+    with ordinary(kind), torch.enable_grad():
+        x = torch.randn(1, 4, 2, 2, requires_grad=True)
+        assert torch.equal(torch.autograd.grad((x * kind.mean).sum(), x)[0], torch.ones_like(x))
+    assert kind.mean is before
 
 
 def gradient(network: nn.Module) -> Tensor:

@@ -124,6 +124,8 @@ def test_both_forms_run_and_complain_alike() -> None:
         ("DiffsteerKSampler", {"particles": 0}, "lies in [1, 1024]"),
         ("DiffsteerGuider", {"start": 0.9, "stop": 0.2}, "wanted 0 <= start <= stop"),
         ("DiffsteerSchedule_karras", {"rho": 0.5}, "lies in [1,"),
+        ("DiffsteerKSampler", {"steps": 2.5}, "steps=2.5 is no whole number"),
+        ("DiffsteerKSampler", {"cfg": "high"}, "cfg='high' is no number"),
     ],
 )
 def test_wrong_values_are_complained_of(id: str, changed: dict[str, Any], said: str) -> None:
@@ -223,6 +225,19 @@ def test_methods_and_rewards_of_other_packages_are_nodes_by_themselves(monkeypat
     assert nodes["DiffsteerKSampler"].widgets[1].listed() == ["fk", "best_of_n", "theirs"]
 
 
+def test_a_plug_in_that_can_be_no_node_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class Clash(BestOfN):
+        noise: float = 0.5
+        name: ClassVar[str] = "clash"
+
+    before = registry.registered
+    more: dict[str, dict[str, Any]] = {"sampler": {"clash": Clash}}
+    monkeypatch.setattr(catalogue, "registered", lambda kind: {**before(kind), **more.get(kind, {})})
+    with pytest.warns(UserWarning, match="the sampler clash is no node: .* two inputs 'noise'"):
+        assert {node.id for node in catalogue.nodes(FakeHost())} == set(NODES)
+
+
 def test_names_for_comfyui_with_and_without_v3(monkeypatch: pytest.MonkeyPatch) -> None:
     names = catalogue.for_comfyui()  # no ComfyUI here
     assert set(names) == {"NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"}
@@ -270,6 +285,39 @@ def test_the_all_in_one_sampler() -> None:
     assert plain.settings["sampler"] == "best_of_n" and plain.ledger.decodes == 2
     half, _, record = all_in_one(denoise=0.5, latent_image={"samples": torch.randn(1, 4, 4, 4)})
     assert half.shape[0] == 1 and record.settings["steps"] == 6
+
+
+def test_the_all_in_one_sampler_changes_only_what_the_mask_says() -> None:
+    picture = torch.randn(2, 4, 4, 4)
+    mask = torch.zeros(2, 1, 4, 4)
+    mask[0, ..., :2] = mask[1, ..., 2:] = 1  # another one for each picture
+    _, latent, _ = all_in_one(latent_image={"samples": picture, "noise_mask": mask})
+    made = latent["samples"]
+    torch.testing.assert_close(made[0][..., 2:], picture[0][..., 2:])
+    torch.testing.assert_close(made[1][..., :2], picture[1][..., :2])
+    assert not torch.allclose(made[0][..., :2], picture[0][..., :2]) and torch.equal(latent["noise_mask"], mask)
+
+
+def test_the_all_in_one_sampler_gives_each_picture_noise_of_its_own() -> None:
+    """The first picture of two is the picture alone, and the second is keyed as the second."""
+    two = all_in_one(rows=2, output="all", method="best_of_n")[1]["samples"]
+    one = all_in_one(rows=1, output="all", method="best_of_n")[1]["samples"]
+    torch.testing.assert_close(two[:3], one)
+    assert not torch.allclose(two[3:], one)
+
+
+def test_drafts_start_from_noise_alone() -> None:
+    asked = []
+
+    class Asked(FakeHost):
+        def sigmas(self, model: Any, scheduler: str, steps: int, denoise: float) -> Any:
+            asked.append((scheduler, steps, denoise))
+            return super().sigmas(model, scheduler, steps, denoise)
+
+    given: dict[str, Any] = {"model": Patcher(), "vae": VAE(), "reward": Red(), "candidates": 2, "draft_steps": 5}
+    latent = {"samples": torch.zeros(1, 4, 4, 4)}
+    run("DiffsteerNoiseSearch", Asked(), latent_image=latent, **CONDITIONS, **given, scheduler="karras")
+    assert asked == [("karras", 5, 1.0)]
 
 
 def test_the_all_in_one_sampler_is_the_parts() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,9 @@ from diffsteer.comfy.examples import EXAMPLES
 from diffsteer.comfy.pack import doctor, export
 from diffsteer.types import DiffsteerError
 
+# What the Python of a ComfyUI says of itself where all is well.
+WELL = {"diffsteer": __version__, "torch": "2.9.1+cpu", "open_clip_torch": "3.3.0", "diffusers": "0.42.1", "nodes": "20"}
+
 
 @pytest.fixture
 def comfyui(tmp_path: Path) -> Path:
@@ -24,6 +28,7 @@ def comfyui(tmp_path: Path) -> Path:
     folder = tmp_path / "ComfyUI"
     (folder / "custom_nodes").mkdir(parents=True)
     (folder / "comfyui_version.py").write_text('__version__ = "0.3.64"\n')
+    python(folder, f"print('{json.dumps(WELL)}')")
     return folder
 
 
@@ -92,6 +97,21 @@ def test_the_doctor_finds_nothing_where_nothing_is(comfyui: Path) -> None:
         assert wrong(folder) == []
 
 
+def test_the_doctor_asks_the_python_that_runs_it(comfyui: Path) -> None:
+    shutil.rmtree(comfyui / ".venv")  # then it is this one
+    export(comfyui)
+    assert wrong(comfyui) == []
+    said = [text for _, text in doctor(comfyui)]
+    assert f"diffsteer {__version__} in {sys.executable}" in said and any(re.fullmatch(r"\d\d nodes", text) for text in said)
+
+
+def test_folders_may_be_named_from_inside(comfyui: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(comfyui / "custom_nodes")
+    assert export(".") == comfyui / "custom_nodes" / "diffsteer"
+    monkeypatch.chdir(comfyui / "custom_nodes" / "diffsteer")
+    assert wrong(Path(".")) == []
+
+
 Spoil = Callable[[Path], Any]
 
 
@@ -111,8 +131,13 @@ Spoil = Callable[[Path], Any]
         ),
         (lambda c: edit(c, "example_workflows/flow.json", "{", "", 1), "flow.json is no graph"),
         (lambda c: export(c / "custom_nodes/copy"), "1 other copies of the pack"),
-        (lambda c: python(c, 'print(\'{"diffsteer": null, "torch": "2.3.1"}\')'), "diffsteer is missing"),
-        (lambda c: python(c, 'print(\'{"diffsteer": null, "torch": "2.3.1"}\')'), "torch 2.3.1"),
+        (lambda c: says(c, diffsteer=None), "diffsteer is missing"),
+        (lambda c: says(c, torch="2.3.1"), "torch 2.3.1"),
+        (lambda c: says(c, nodes=None, error="ImportError: no open_clip"), "cannot be made there (ImportError: no open_clip)"),
+        (lambda c: edit(c, "__init__.py", "globals", "syntax error here("), "its __init__.py is as exported"),
+        (lambda c: shutil.rmtree(c / "custom_nodes/diffsteer/example_workflows"), "without example_workflows/"),
+        (lambda c: (c / "custom_nodes/diffsteer/pyproject.toml").write_bytes(b"\xff\xfe"), "it is of diffsteer unknown"),
+        (lambda c: python(c, "print()"), "cannot be asked"),
         (lambda c: python(c, "raise SystemExit(3)"), "cannot be asked"),
     ],
 )
@@ -127,9 +152,13 @@ def edit(comfyui: Path, name: str, old: str, new: str, count: int = -1) -> None:
     file.write_text(file.read_text().replace(old, new, count))
 
 
+def says(comfyui: Path, **changed: Any) -> None:
+    python(comfyui, f"print('{json.dumps(WELL | changed)}')")
+
+
 def python(comfyui: Path, code: str) -> None:
     """Another Python beside ComfyUI."""
     file = comfyui / ".venv" / "bin" / "python"
-    file.parent.mkdir(parents=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(f"#!{sys.executable}\n{code}\n")
     file.chmod(0o755)

@@ -256,29 +256,70 @@ def test_gradients_pass_through_a_checkpoint(server: Server, through: str) -> No
     assert guided != latents_of(server, api)
 
 
+# A white picture of the embedded model, whose left half may be changed.
+WHITE: dict[str, Any] = {
+    "200": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 0xF0F0F0}},
+    "201": {"class_type": "VAEEncode", "inputs": {"pixels": ["200", 0], "vae": ["1", 2]}},
+    "202": {"class_type": "SolidMask", "inputs": {"value": 1.0, "width": 32, "height": 64}},
+    "203": {"class_type": "SolidMask", "inputs": {"value": 0.0, "width": 64, "height": 64}},
+    "204": {
+        "class_type": "MaskComposite",
+        "inputs": {"destination": ["203", 0], "source": ["202", 0], "x": 0, "y": 0, "operation": "add"},
+    },
+    "205": {"class_type": "SetLatentNoiseMask", "inputs": {"samples": ["201", 0], "mask": ["204", 0]}},
+}
+
+
+def sides(image: Image.Image) -> tuple[int, int]:
+    """How white the left and the right half of a picture are: the darkest of their mean channels."""
+    means = [np.asarray(image.crop((x, 8, x + 20, 56))).mean((0, 1)).min() for x in (4, 40)]
+    return int(means[0]), int(means[1])
+
+
 def test_pictures_are_changed_where_the_mask_says_so(server: Server) -> None:
     graph, model, conditions, reward = begin()
     api = steered(graph, model["model"], model["vae"], model["latent"], conditions, reward, steps=10)
     run = next(node["inputs"] for node in api.values() if node["class_type"] == "SamplerCustomAdvanced")
-    api["200"] = {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 4, "color": 0xF0F0F0}}
-    api["201"] = {"class_type": "VAEEncode", "inputs": {"pixels": ["200", 0], "vae": ["1", 2]}}
-    api["202"] = {"class_type": "SolidMask", "inputs": {"value": 1.0, "width": 32, "height": 64}}
-    api["203"] = {"class_type": "SolidMask", "inputs": {"value": 0.0, "width": 64, "height": 64}}
-    composite = {"destination": ["203", 0], "source": ["202", 0], "x": 0, "y": 0, "operation": "add"}
-    api["204"] = {"class_type": "MaskComposite", "inputs": composite}
-    api["205"] = {"class_type": "SetLatentNoiseMask", "inputs": {"samples": ["201", 0], "mask": ["204", 0]}}
-    run["latent_image"] = ["205", 0]
+    api |= WHITE
+    api["206"] = {"class_type": "RepeatLatentBatch", "inputs": {"samples": ["205", 0], "amount": 4}}
+    run["latent_image"] = ["206", 0]
+    (file,) = server.files(succeeded(server.run(api)))
+    with Image.open(file) as image:
+        left, right = sides(image.convert("RGB"))
+    assert right > 215 > left
+
+
+def test_the_steered_ksampler_keeps_what_its_mask_keeps(server: Server) -> None:
+    """At half the noise, from a white picture, changed in its left half alone."""
+    graph, model, conditions, reward = begin(rows=1)
+    run = graph.add(
+        "DiffsteerKSampler",
+        model=model["model"],
+        **conditions,
+        latent_image=model["latent"],
+        vae=model["vae"],
+        reward=reward["reward"],
+        prompt="a red circle",
+        seed=1,
+        steps=10,
+        cfg=4.0,
+        denoise=0.9,
+        particles=3,
+    )
+    graph.add("DiffsteerSave", images=run["images"], run=run["run"], filename_prefix="tests/x")
+    api = {**graph.api(), **WHITE}
+    api[run.id]["inputs"]["latent_image"] = ["205", 0]
     (file,) = server.files(succeeded(server.run(api)))
     with Image.open(file) as image:
         whole = image.convert("RGB")
-    left, right = (whole.crop((x, 8, x + 20, 56)).resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)) for x in (4, 40))
-    assert isinstance(right, tuple) and min(right) > 215, right  # what is kept is white
-    assert isinstance(left, tuple) and min(left) < 200, left
+        steps = json.loads(image.text["diffsteer"])["settings"]["steps"]  # type: ignore[attr-defined]
+    assert steps == 10 and sides(whole)[1] > 215 > sides(whole)[0]
 
 
-def test_a_run_in_two_stages(server: Server) -> None:
+@pytest.mark.parametrize("name", ["shapes", "shapes-flow"])
+def test_a_run_in_two_stages(server: Server, name: str) -> None:
     """Particles over the first part of the grid, and what is selected there goes on with a plain sampler."""
-    graph, model, conditions, reward = begin()
+    graph, model, conditions, reward = begin(name=name)
     api = steered(graph, model["model"], model["vae"], model["latent"], conditions, reward, steps=20)
     run = next(node["inputs"] for node in api.values() if node["class_type"] == "SamplerCustomAdvanced")
     select = next(k for k, node in api.items() if node["class_type"] == "DiffsteerSelect")

@@ -90,9 +90,9 @@ def test_an_interrupt_ends_the_run_and_frees_its_tensors(stop_at: int) -> None:
     model.inner_model = guider  # type: ignore[attr-defined]
     with pytest.raises(Interrupted):
         steering(model, noise * 10, torch.linspace(10, 0, STEPS + 1), extra_args={"seed": 0})
-    assert not steering.records and not guider.inner_model.diffusion_model._forward_hooks
+    assert not len(steering.records) and not guider.inner_model.diffusion_model._forward_hooks
     gc.collect()
-    assert all(ref() is None for ref in held[1:])  # the first state is ComfyUI's own
+    assert all(ref() is None for ref in held)
     again = FakeHost()
     run(host=again)
     assert again.seen  # and the next run is a run
@@ -109,6 +109,33 @@ def test_inpainting_keeps_the_picture_and_its_rows_follow_their_particles() -> N
     torch.testing.assert_close(samples[..., 2:], pictures[origin][..., 2:])
     assert not torch.allclose(samples[..., :2], pictures[origin][..., :2])
     torch.testing.assert_close(run(latent=latent, chunk=4)[0], samples, rtol=1e-5, atol=1e-6)
+
+
+def test_latents_that_differ_in_a_corner_only_have_records_of_their_own() -> None:
+    """As with a mask: everything else is the picture that is kept."""
+    picture = torch.randn(1, 4, 64, 64).expand(4, -1, -1, -1).contiguous()
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., 40:, 40:] = 1
+    host, noises, records = FakeHost(), [], []
+    steering = Steering(FeynmanKac, FK, 0, Red(), "any", VAE(), host=host)
+    for seed in (1, 2):
+        latent = {"samples": picture, "noise_mask": mask.expand(4, -1, -1, -1)}
+        noise = KeyedNoise(seed).generate_noise(latent)
+        sigmas = torch.linspace(10, 0, 6)
+        samples, record = sample(host, steering, Patcher(), CONDITIONS, latent, noise, sigmas, seed)
+        noises.append(samples)
+        records.append(record)
+    assert steering.record_of(noises[0]) is records[0] and steering.record_of(noises[1]) is records[1]
+    with pytest.raises(DiffsteerError, match="not what this steering's sampler made"):
+        steering.record_of(picture)
+
+
+@pytest.mark.parametrize("path", ["edm", "flow"])
+def test_both_outputs_of_a_part_of_a_schedule_are_known(path: str) -> None:
+    top = 10.0 if path == "edm" else 1.0
+    samples, record, steering, host = run(sigmas=torch.linspace(top, 0, STEPS + 1)[:6], path=path)
+    assert steering.record_of(samples) is record
+    assert steering.record_of(host.seen[-1][1] / 2) is record  # the clean estimates
 
 
 def test_a_part_of_a_schedule_scores_clean_estimates() -> None:
@@ -154,6 +181,7 @@ def test_the_record_of_latents_is_found_among_runs_and_for_no_others() -> None:
     for samples, record in runs:
         assert steering.record_of(samples) is record
         assert steering.record_of(samples.half()) is record  # ComfyUI may keep latents in half precision
+        assert steering.record_of(samples.bfloat16()) is record
     for strange in (runs[0][0] + 1, runs[0][0][:2], torch.zeros(4, 4, 8, 8)):
         with pytest.raises(DiffsteerError, match="not what this steering's sampler made"):
             steering.record_of(strange)
@@ -209,8 +237,52 @@ def test_conditions_that_differ_from_row_to_row_are_refused() -> None:
         cond_hint_original = torch.randn(2, 3, 8, 8)
         previous_controlnet = None
 
-    with pytest.raises(UnsupportedError, match="2 different rows"):
-        run(conditions=({"wish": 0.4, "control": Hint()}, -0.2, 1.0))
+    class Chained:
+        cond_hint_original = None
+        previous_controlnet = Hint
+
+    for control in (Hint(), Chained()):
+        with pytest.raises(UnsupportedError, match="2 different rows"):
+            run(conditions=({"wish": 0.4, "control": control}, -0.2, 1.0))
+    listed = Held(torch.zeros(0))
+    listed.cond = [torch.zeros(1, 2), torch.randn(2, 2)]  # type: ignore[assignment]
+    for cond in ({"mask": torch.rand(6, 4, 4)}, {"model_conds": {"c": listed}}):
+        with pytest.raises(UnsupportedError, match="different rows"):
+            run(rows=2, conditions=({"wish": 0.4, **cond}, -0.2, 1.0))
+    two = ({"wish": 0.4, "model_conds": {"c_crossattn": Held(torch.randn(2, 3))}}, -0.2, 1.0)
+    run(rows=2, particles=1, method=BestOfN, options={}, conditions=two)  # each row is an image of its own
+    with pytest.raises(UnsupportedError, match="2 different rows"):  # but blocks would not find theirs
+        run(rows=2, particles=1, method=BestOfN, options={}, conditions=two, chunk=1)
+
+
+def test_the_frames_of_one_video_are_no_particles() -> None:
+    from fakes import Base
+
+    class SVD_img2vid(Base):
+        pass
+
+    patcher = Patcher()
+    patcher.model = SVD_img2vid()
+    latent = {"samples": torch.zeros(4, *SHAPE)}
+    noise, sigmas = torch.randn(4, *SHAPE), torch.linspace(10, 0, 4)
+    steering = Steering(FeynmanKac, FK, 0, Red(), "any", VAE(), host=FakeHost())
+    with pytest.raises(UnsupportedError, match="frames of one video"):
+        sample(FakeHost(), steering, patcher, CONDITIONS, latent, noise, sigmas, 0)
+
+
+def test_rewards_are_prepared_outside_inference_mode() -> None:
+    modes = []
+
+    class Told(Red):
+        def prepare(self, prompts: Any, ctx: Any) -> None:
+            modes.append(torch.is_inference_mode_enabled())
+
+    run(reward=Told())
+    from diffsteer.comfy.parts import score_images
+
+    with torch.inference_mode():
+        score_images(torch.rand(2, 4, 4, 3), Told(), "any", 0)
+    assert modes == [False, False]
 
 
 def test_a_model_without_noise_is_refused() -> None:
@@ -304,6 +376,8 @@ def test_keyed_noise_is_the_core_s_and_found_noise_refuses_what_it_was_not_found
     from diffsteer import rng
 
     latent = {"samples": torch.zeros(4, *SHAPE)}
+    one = KeyedNoise(5, 0).generate_noise({"samples": torch.zeros(1, *SHAPE), "batch_index": [3]})
+    assert torch.equal(one[0], KeyedNoise(5, 0).generate_noise(latent)[3])  # of a row taken out of a batch
     few, many = (KeyedNoise(5, 0).generate_noise({"samples": torch.zeros(n, *SHAPE)}) for n in (2, 4))
     assert torch.equal(few, many[:2])
     assert torch.equal(KeyedNoise(5, 2).generate_noise(latent)[2:], rng.normal(5, [(1, 0), (1, 1)], 0, "start", SHAPE))
