@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 SHOWN = 64  # images on the sheet, the first ones
 MANIFEST, TIMINGS, GRID = "manifest.jsonl", "timings.jsonl", "grid.png"
 # Those that each prompt has of its own, however many run together.
-_COUNTS = ("evaluations", "decodes", "tiny_decodes", "reward_calls")
+_COUNTS = ("evaluations", "backwards", "decodes", "tiny_decodes", "reward_calls")
+_RARE = ("backwards", "tiny_decodes")
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class Folder:
         """Write what a call made of some items: images, then their manifest lines, then what it took."""
         per, images = out.rewards.shape[1], out.images or []
         counted = out.ledger.counts
-        counts = {name: counted[name] // len(items) for name in _COUNTS if counted[name] or name != "tiny_decodes"}
+        counts = {name: counted[name] // len(items) for name in _COUNTS if counted[name] or name not in _RARE}
         folder, suffix = media.kind(images[0])
         (self.path / folder).mkdir(parents=True, exist_ok=True)
         lines = []

@@ -199,10 +199,12 @@ def _fill(folder: Folder, config: DictConfig, pipe: Any, sampler: Sampler | None
     call |= {} if config.guidance_scale is None else {"guidance_scale": config.guidance_scale}
     cost = steered.estimate(prompts, config.num_inference_steps, negative_prompt=config.negative_prompt, **call)
     tiny = f" and {cost.tiny_decodes} tiny ones" if cost.tiny_decodes else ""
-    what = f"{cost.evaluations} evaluations, {cost.decodes} decodes{tiny}, {cost.reward_calls} reward calls"
+    back = f", {cost.backwards} of them backwards" if cost.backwards else ""
+    what = f"{cost.evaluations} evaluations{back}, {cost.decodes} decodes{tiny}, {cost.reward_calls} reward calls"
     name = "pipeline" if sampler is None else f"{sampler.name} with {particles} particle{'s' * (particles > 1)}"
     print(f"{prompts} prompt{'s' * (prompts > 1)}, {name}: {what}", flush=True)
-    with tqdm(total=(cost.decodes + cost.tiny_decodes) // particles, unit="event", disable=None) as bar:
+    events = prompts if hasattr(sampler, "guidance") else (cost.decodes + cost.tiny_decodes) // particles
+    with tqdm(total=events, unit="event", disable=None) as bar:
 
         def watch(info: Info) -> None:
             best = info.rewards.nan_to_num(nan=-math.inf).max(1).values.mean()

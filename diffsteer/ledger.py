@@ -20,6 +20,7 @@ class Ledger:
         evaluations: rows that went through the denoiser (with classifier-free guidance a particle's step is two).
         padding: of further rows that only filled up a block of fixed size (`deterministic`).
         forwards: calls of the denoiser.
+        backwards: rows whose gradient went back through the denoiser.
         decodes: latents decoded. tiny_decodes: by a tiny decoder. reward_calls: samples scored.
         seconds: wall time by stage: denoiser, decode, reward, select, and total.
         peak_memory: bytes, the most at any time of the run: allocated on the accelerator where there is one, else held by the
@@ -29,13 +30,14 @@ class Ledger:
     evaluations: int = 0
     padding: int = 0
     forwards: int = 0
+    backwards: int = 0
     decodes: int = 0
     tiny_decodes: int = 0
     reward_calls: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: int = 0
 
-    COUNTS = ("evaluations", "padding", "forwards", "decodes", "tiny_decodes", "reward_calls")
+    COUNTS = ("evaluations", "padding", "forwards", "backwards", "decodes", "tiny_decodes", "reward_calls")
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -75,7 +77,7 @@ class Ledger:
     def __str__(self) -> str:
         # a drop-in scheduler never sees the denoiser
         unseen = () if self.forwards else ("evaluations", "forwards")
-        rare = ("padding", "tiny_decodes")
+        rare = ("padding", "backwards", "tiny_decodes")
         shown = {k: v for k, v in self.counts.items() if k not in unseen and (v or k not in rare)}
         said = [f"{v} {k.replace('_', ' ')}" for k, v in shown.items()]
         spent = ", ".join((["denoiser not counted"] if unseen else []) + said)

@@ -17,8 +17,9 @@ from diffsteer import rng
 from diffsteer.blocks import Blocks, Size, check_size
 from diffsteer.callable import CallableModel, CallableSession
 from diffsteer.control import check_noise
+from diffsteer.guidance import guidance_of
 from diffsteer.ledger import Ledger
-from diffsteer.reward import Reward, RewardFunction, as_reward
+from diffsteer.reward import Reward, RewardFunction, as_reward, check_gradient, prepare
 from diffsteer.run import OUTPUTS, SteeredOutput, estimate, run
 from diffsteer.selection import Scorer, check_inputs
 from diffsteer.shapes.models import MODELS
@@ -91,6 +92,8 @@ class SteeredPipeline:
             stochastic scheduler (DDIM, DDPM, Euler ancestral, LCM, TCD, SDE-DPM-Solver++), its noise keyed.
         noise: what the sampler's eta is a share of: "eta", DDPM's posterior noise, or "quadratic", g(t) = 3 t^2 for flows.
         deterministic: bits that depend neither on the number of prompts nor on what else runs; see `Session`.
+        guide: gradient guidance on the way, a `Guidance` or a method that has one (`MPGD()`), beside a sampler that selects.
+            Weighted particles keep their target: their weights know what was moved.
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class SteeredPipeline:
         experts: Sequence[float] = (1.0,),
         transition: str = "own",
         noise: str = "eta",
+        guide: Any = None,
     ) -> None:
         check_noise(noise)
         if transition not in TRANSITIONS:
@@ -129,7 +133,10 @@ class SteeredPipeline:
         self.choice = None if choice is None else as_reward(choice, seen)
         check_size(chunk, deterministic)
         self.transition, self.noise = transition, noise
+        self.guide = guidance_of(guide, sampler)
         self.chunk, self.deterministic, self.experts = chunk, deterministic, tuple(experts)
+        if self.reward is not None and (self.guide is not None or (sampler is not None and sampler.needs_grad)):
+            check_gradient(self.reward)
         if sampler is not None and sampler.needs_reward and self.reward is None:
             raise DiffsteerError(f"the sampler {sampler.name} selects by a reward: give reward=")
 
@@ -204,7 +211,7 @@ class SteeredPipeline:
                 ]
                 raise DiffsteerError(f"a CallableModel takes no argument {extra[0]!r}")
             session: Session = CallableSession(self.pipe, prompts, **options, **keys)
-            return run(session, self.sampler, self.reward, self.output, self.choice, asked, watch=watch)
+            return run(session, self.sampler, self.reward, self.output, self.choice, asked, None, watch, self.guide)
         from diffsteer.backend import DiffusersSession
         from diffsteer.pipes import as_images
 
@@ -219,7 +226,8 @@ class SteeredPipeline:
             **options,
             **keys,
         )
-        return run(session, self.sampler, self.reward, self.output, self.choice, asked, partial(as_images, self.pipe), watch)
+        to_images = partial(as_images, self.pipe)
+        return run(session, self.sampler, self.reward, self.output, self.choice, asked, to_images, watch, self.guide)
 
     def estimate(
         self,
@@ -233,7 +241,7 @@ class SteeredPipeline:
 
         Args:
             call: the arguments of the call that decide what it costs (guidance_scale, negative_prompt, strength); others do
-                no harm. Where one ends guidance on the way (cfg_trunc_ratio, cfg_truncation), fewer evaluations are counted.
+                no harm. Where guidance is for a part of a run (cfg_trunc_ratio, a method's noise levels), less is counted.
             rehearse: a prompt to run two steps with, as often as fits a block of rows, which tells seconds and memory as well;
                 without it they stay empty.
         """
@@ -266,6 +274,8 @@ class SteeredPipeline:
             chunk=None if self.sampler is None else 8 if self.deterministic and self.chunk is None else size,
             experts=len(self.experts),
             tiny=self.decoder.startswith("tiny"),
+            guide=self.guide,
+            levels=self.pipe.grid(steps)[1] if isinstance(self.pipe, CallableModel) else None,
             **facts,
         )
         if rehearse is not None:
@@ -304,7 +314,7 @@ class SteeredPipeline:
         check_inputs(self.decoder != "none", self.reward, self.choice, makes=family.makes)
         for reward in (self.reward, self.choice):
             if reward is not None:
-                reward.prepare(asked, Context(embedded=embedded))
+                prepare(reward, asked, Context(embedded=embedded))
         shadow = copy.copy(self.pipe)
         call = recommended(self.pipe) | call
         asking = asked_of(self.pipe, prompts)

@@ -134,6 +134,17 @@ def prepare(reward: Reward, prompts: Sequence[str], ctx: Context) -> None:
         reward.prepare(prompts, ctx)
 
 
+def check_gradient(reward: Reward) -> None:
+    """Refuse a reward, or a sum with a term, that says it has no gradient. Of a bare callable nobody knows before it is called.
+
+    Raises:
+        DiffsteerError: with its name.
+    """
+    for _, term in _terms(reward):
+        if not term.differentiable and not isinstance(term, FunctionReward):
+            raise DiffsteerError(f"guidance follows the gradient of the reward, and {term.name} has none: take one that has")
+
+
 def scores_images(reward: Reward) -> bool:
     """Is it, or one of the terms of a sum, a reward of images alone?"""
     return any(r.modality == "image" and r.input == "pixels" for _, r in _terms(reward))

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 from diffsteer import media
+from diffsteer.algebra import Level
+from diffsteer.guidance import Guidance
+from diffsteer.guided import GuidedWalk
 from diffsteer.ledger import Ledger
 from diffsteer.reward import Reward, prepare
 from diffsteer.selection import Scorer, Selection, check_inputs, choose
@@ -101,6 +104,8 @@ def estimate(
     tiny: bool = False,
     entered: int = 0,
     further: int = 0,
+    guide: Guidance | None = None,
+    levels: Sequence[Level] | None = None,
 ) -> Ledger:
     """The counts that a run will have, before it runs: equal to what it then counts, the padding of blocks aside.
 
@@ -112,15 +117,25 @@ def estimate(
         chunk: rows in a block. experts: predictions that are mixed for each row.
         entered: how many segments a row enters by an evaluation of its own.
         further: steps at which every row is evaluated once more.
+        guide: gradient guidance beside the sampler's own, if it has any. levels: of the grid; without them all are guided.
     """
     rows, events = (prompts, 1) if sampler is None else (prompts * sampler.particles, len(sampler.schedule(steps)))
+    guide = guide or getattr(sampler, "guidance", None)
+    visits = looks = 0
+    if guide is not None:
+        moved = steps - 1 if sampler is not None and sampler.exact else steps  # without noise no weight could know
+        guides = sum(guide.guides(k, levels[k]) if levels else k % guide.every == 0 for k in range(moved))
+        visits = guides * guide.recurrence if max(guide.clean, guide.network) > 0 else 0
+        looks = rows * visits * guide.draws * ((guide.network > 0) + (guide.clean > 0) * guide.iterations)
+        steps += max(visits - guides, 0)
     steps += entered
     return Ledger(
         evaluations=rows * (steps * (1 + guided) + further) * experts,
         forwards=(steps * (1 + (guided and apart)) + further) * math.ceil(rows / (chunk or rows)),
-        decodes=rows * (1 if tiny else events) if decoded else 0,
+        backwards=rows * visits if guide is not None and guide.network > 0 else 0,
+        decodes=rows * (1 if tiny else events) + looks if decoded else 0,
         tiny_decodes=rows * (events - 1) if decoded and tiny else 0,
-        reward_calls=rows * (events * (rewards > 0) + (rewards > 1)),
+        reward_calls=rows * (events * (rewards > 0) + (rewards > 1)) + looks,
     )
 
 
@@ -133,6 +148,7 @@ def run(
     asked: Sequence[str] | None = None,
     to_images: Callable[[Tensor], list[Any] | None] | None = None,
     watch: Callable[[Info], None] | None = None,
+    guide: Guidance | None = None,
 ) -> SteeredOutput:
     """Carry all rows from noise to clean, selecting at the sampler's events.
 
@@ -142,6 +158,7 @@ def run(
         asked: what the rewards are told instead of the session's prompts, P texts.
         to_images: from samples (N, ...) to PIL images.
         watch: called with each event's `Info`.
+        guide: moves the rows by the gradient of `reward`, on their way; default: the sampler's own, if it has one.
 
     Raises:
         DiffsteerError: an unknown `output`, or what the reward refuses.
@@ -158,7 +175,13 @@ def run(
     problem = Problem(len(session.prompts), session.steps, session.last_noise, session.seed, session.ids)
     scorer = Scorer(reward, session.decoder, texts, ledger, session.embedded, session.cut, session.tiny_decoder)
     select = Selection(sampler, problem, scorer, watch)
-    x = session.walk(select)
+    guide = guide or getattr(sampler, "guidance", None)
+    if guide is None:
+        x = session.walk(select)
+    else:
+        if reward is None:
+            raise DiffsteerError("guidance follows the gradient of a reward: give reward=")
+        x = GuidedWalk(session, guide, reward, texts, weighed=sampler.exact)(select)
     assert select.samples is not None
     rewards, log_weights = select.infos[-1].rewards, select.state.log_weights
     deciding = rewards if choice is None else scorer.score(select.samples, problem.steps, problem.steps, choice)

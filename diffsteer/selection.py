@@ -121,8 +121,9 @@ class Selection:
         """The events so far."""
         return Trace(tuple(self.infos))
 
-    def __call__(self, done: int, x: Tensor, x0: Tensor) -> Tensor:
-        """Select at an event. x, x0: (P * K, ...), the states and the clean estimates. Returns the states that live on."""
+    def __call__(self, done: int, x: Tensor, x0: Tensor, log_ratio: Tensor | None = None) -> Tensor:
+        """Select at an event. x, x0: (P * K, ...), the states and the clean estimates; log_ratio: see `Step`. Returns the
+        states that live on."""
         final = done == self.problem.steps
         if final:
             self.samples = self.scorer.decode(x)
@@ -130,7 +131,7 @@ class Selection:
         else:
             rewards = self.scorer.score_latents(x0, done, self.problem.steps)
         with self.scorer.ledger.timed("select"):
-            self.state, info = self.sampler.apply(self.state, Step(done, final, rewards))
+            self.state, info = self.sampler.apply(self.state, Step(done, final, rewards, log_ratio))
             self.infos.append(info)
             self.moved = info.ancestors if bool(info.resampled.any()) else None
             if self.moved is not None:

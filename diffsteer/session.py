@@ -52,6 +52,7 @@ class Session(ABC):
     tiny_decoder: Callable[[Tensor], Tensor] | None = None
     embedded: bool = False
     makes: str = ""
+    visit = 0  # how often the step at hand was taken before
 
     def __init__(
         self,
@@ -104,7 +105,8 @@ class Session(ABC):
 
     def step_noise(self, rows: Sequence[int], index: int) -> Tensor:
         """The keyed noise of one transition, (N, *shape)."""
-        return rng.normal(self.seed, [self.key(r) for r in rows], index, "step", self.shape)
+        purpose = f"step {self.visit}" if self.visit else "step"
+        return rng.normal(self.seed, [self.key(r) for r in rows], index, purpose, self.shape)
 
     def segment(self, x: Tensor, start: int, stop: int, rows: Sequence[int] | None = None, graph: bool = False) -> Arrival:
         """Carry states from grid index `start` to `stop`.
@@ -159,8 +161,8 @@ class Session(ABC):
         def one_block(block: list[int]) -> tuple[Tensor, Arrival]:
             mine = [rows[i] for i in dict.fromkeys(block)]
             leaf = x[block[: len(mine)]].detach().requires_grad_(True)
-            arrival = self.segment(leaf, index, index + 1, mine, graph=True)
             with torch.enable_grad():
+                arrival = self.segment(leaf, index, index + 1, mine, graph=True)
                 total = objective(arrival.x0, mine).sum()
             found = torch.autograd.grad(total, leaf)[0]
             return found, Arrival(arrival.x.detach(), arrival.x0.detach())

@@ -68,11 +68,13 @@ class Problem:
 @dataclass(frozen=True)
 class Step:
     """What a sampler is shown at an event: `done` transitions lie behind, `rewards` (P, K) are those of the clean
-    estimates of the last transition, or at the end (`final`) of the samples themselves."""
+    estimates of the last transition, or at the end (`final`) of the samples themselves. `log_ratio` (P, K) is log p / q of the
+    transitions since the last event, where guidance moved them; None where nothing did."""
 
     done: int
     final: bool
     rewards: Tensor
+    log_ratio: Tensor | None = None
 
 
 @dataclass(frozen=True)

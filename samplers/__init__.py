@@ -4,6 +4,12 @@ if __name__ != "diffsteer.samplers":
     raise ImportError(f"import diffsteer.samplers, not {__name__}")
 
 from diffsteer.samplers.best_of_n import BestOfN
+from diffsteer.samplers.dps import DPS
 from diffsteer.samplers.feynman_kac import FeynmanKac
+from diffsteer.samplers.freedom import FreeDoM
+from diffsteer.samplers.lgd import LGD
+from diffsteer.samplers.mpgd import MPGD
+from diffsteer.samplers.tfg import TFG
+from diffsteer.samplers.universal import UniversalGuidance
 
-__all__ = ["BestOfN", "FeynmanKac"]
+__all__ = ["BestOfN", "DPS", "FeynmanKac", "FreeDoM", "LGD", "MPGD", "TFG", "UniversalGuidance"]

@@ -49,11 +49,11 @@ class BestOfN:
     source: ClassVar[str] = "folklore; as a baseline: Ma et al., 2025, arXiv 2501.09732"
 
     def __post_init__(self) -> None:
-        check_numbers("best_of_n: ", {"particles": self.particles}, {"eta": self.eta})
+        check_numbers(f"{self.name}: ", {"particles": self.particles}, {"eta": self.eta})
         if self.particles < 1:
-            raise DiffsteerError(f"best_of_n: particles={self.particles}; at least 1 is needed")
+            raise DiffsteerError(f"{self.name}: particles={self.particles}; at least 1 is needed")
         if not 0 <= self.eta <= 1:
-            raise DiffsteerError(f"best_of_n: eta={self.eta:g}; it lies in [0, 1]")
+            raise DiffsteerError(f"{self.name}: eta={self.eta:g}; it lies in [0, 1]")
 
     def schedule(self, steps: int) -> tuple[int, ...]:
         """Rewards are wanted at the end only."""

@@ -147,6 +147,8 @@ class FeynmanKac:
         """Weigh by the potential, then resample the groups that need it; never at the end, nor once no noise is to come."""
         lost = step.rewards.isnan() | (step.rewards == -math.inf) | (state.log_weights == -math.inf)
         r = step.rewards.masked_fill(lost, 0.0)
+        if step.log_ratio is not None:  # guidance moved the transitions
+            state = replace(state, log_weights=state.log_weights + step.log_ratio)
         exponent = self._exponent(state, r, lost)
         update = POTENTIALS[self.potential]
         statistic = r if update is None else update(state.statistic, r)

@@ -6,17 +6,17 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffsteer.algebra import level
 from diffsteer.blocks import Blocks
 from diffsteer.comfy.host import HOST, Host
-from diffsteer.comfy.session import path_of
+from diffsteer.comfy.session import levels_of, path_of
 from diffsteer.comfy.steering import Memory, to_samples
-from diffsteer.guidance import Guidance, gradient_of, warn_skipped
+from diffsteer.guidance import Guidance, Moments, Scale, gradient_of, update, warn_skipped
 from diffsteer.reward import Reward, prepare
 from diffsteer.types import Context, DiffsteerError
 
@@ -63,11 +63,16 @@ class Pull:
         self.cut = Blocks(chunk)
         self.run = Guided({})
         self.runs = Memory()
+        self.moments: dict[bool, Moments] = {}
+
+    def moments_of(self, network: bool) -> Moments | None:
+        return self.moments.get(network)
 
     def begin(self, embedded: bool, seed: Any) -> None:
         """A run begins."""
         told = {"guidance": self.reward.name, "prompt": self.prompt, "seed": seed}
         self.run = Guided(told | dataclasses.asdict(self.guidance))
+        self.moments = {path: Moments() for path in (False, True)} if self.guidance.normaliser == "adam" else {}
         prepare(self.reward, [self.prompt], Context(embedded=embedded))
 
     def rate(self, guider: Any, x0: Tensor, ctx: Context) -> Tensor:
@@ -106,20 +111,19 @@ class PulledGuider:
             found: Tensor = plain(x, timestep, model_options=model_options or {}, seed=seed)
             return found
 
-        step, steps = _step_of(timestep, model_options or {})
-        if not guidance.guides(step, steps):
-            return predict(x, timestep)
         inner = self.inner_model  # type: ignore[attr-defined]
-        ctx = Context(step, steps, bool(getattr(inner, "diffsteer_embedded", False)))
-        sigma = timestep.flatten()[0].cpu().double()
-        at = level(1 - sigma, sigma) if path_of(inner.model_sampling) == "flow" else level(1.0, sigma)
-        through = guidance.through == "network"
-        x0 = None if through else predict(x, timestep)
+        step, sigmas = _step_of(timestep, model_options or {})
+        levels = levels_of(path_of(inner.model_sampling), sigmas)
+        at = levels[step]
+        if not guidance.guides(step, at):
+            return predict(x, timestep)
+        ctx = Context(step, len(sigmas) - 1, bool(getattr(inner, "diffsteer_embedded", False)))
+        share = guidance.shares(levels)[step]
 
-        def one_block(rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-            if x0 is not None:
-                gradient, values = gradient_of(lambda leaf: pull.rate(self, leaf, ctx), x0[rows])
-                return x0[rows], gradient, values
+        def from_clean(rows: list[int], x0: Tensor) -> tuple[Tensor, Tensor]:
+            return gradient_of(lambda leaf: pull.rate(self, leaf, ctx), x0[rows])
+
+        def through_network(rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
             clean: list[Tensor] = []
             with torch.inference_mode(False):
                 at_rows = timestep[rows].clone()
@@ -132,16 +136,35 @@ class PulledGuider:
             gradient, values = gradient_of(objective, x[rows])
             return clean[0].detach(), gradient, values
 
+        def update_of(gradients: list[Tensor], rewards: list[Tensor], strength: float, network: bool) -> Tensor:
+            values, gradient = torch.cat(rewards).float().to(x.device), torch.cat(gradients).to(x.device)
+            alpha, sigma = at.like(x)
+            noise = ((x - alpha * x0) / sigma).float().flatten(1).square().mean(1).sqrt()
+            moments = pull.moments_of(network)
+            moved, skipped = update(
+                guidance, gradient, Scale(at, noise, values, pull.reward.range[1]), share * strength, network, moments
+            )
+            pull.run.skipped += skipped
+            pull.run.rewards[step] = values.cpu()
+            return moved
+
         others = [getattr(patcher, "model", None) for patcher in getattr(self, "loaded_models", [])]  # of ControlNets
-        networks = [inner, *others] if through else []
+        networks = [inner, *others] if guidance.network > 0 else []
         networks += [pull.vae.first_stage_model] if pull.vae is not None else []
         with ordinary(*networks, getattr(inner, "latent_format", None)):
-            parts = pull.cut.run(len(x), one_block)
+            moved = torch.zeros_like(x, dtype=torch.float32)
+            if guidance.network > 0:
+                found = pull.cut.run(len(x), through_network)
+                x0 = torch.cat([f[0] for f in found])
+                moved = moved + update_of([f[1] for f in found], [f[2] for f in found], guidance.network, True)
+            else:
+                x0 = predict(x, timestep)
+            for _ in range(guidance.iterations if guidance.clean > 0 else 0):
+                z = x0 + moved.to(x0)
+                parts = pull.cut.run(len(x), partial(from_clean, x0=z))
+                moved = moved + update_of([p[0] for p in parts], [p[1] for p in parts], guidance.clean, False)
         pull.host.keep_loaded(self, x.shape)
-        moved, skipped = guidance.move(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]).to(x.device), at)
-        pull.run.skipped += skipped
-        pull.run.rewards[step] = torch.cat([p[2] for p in parts]).float().cpu()
-        return moved
+        return x0 + moved.to(x0)
 
 
 def pulled(base: type[Any], model: Any, pull: Pull) -> Any:
@@ -190,10 +213,11 @@ def _alias(tensor: Tensor) -> Tensor:
     return nn.Parameter(alias, requires_grad=False) if isinstance(tensor, nn.Parameter) else alias
 
 
-def _step_of(timestep: Tensor, model_options: dict[str, Any]) -> tuple[int, int]:
-    """Which step of how many this is, by its sigma; a solver's half steps count with the nearest."""
+def _step_of(timestep: Tensor, model_options: dict[str, Any]) -> tuple[int, Tensor]:
+    """Which step this is, by its sigma, and the sigmas of the run; a solver's half steps count with the nearest."""
+    now = timestep.flatten()[:1].float().cpu()
     sigmas = model_options.get("transformer_options", {}).get("sample_sigmas")
     if sigmas is None or len(sigmas) < 2:
-        return 0, 1
-    nearest = int((sigmas[:-1].float().cpu() - timestep.flatten()[0].float().cpu()).abs().argmin())
-    return nearest, len(sigmas) - 1
+        return 0, torch.cat([now, torch.zeros(1)])
+    sigmas = sigmas.float().cpu()
+    return int((sigmas[:-1] - now).abs().argmin()), sigmas

@@ -52,6 +52,8 @@ def graph_of(
     for key, (usual, why) in _NOT_HERE.items():
         if OmegaConf.select(config, key) != usual:
             raise DiffsteerError(f"{key}={OmegaConf.select(config, key)}: {why}")
+    if sampler is not None and sampler.needs_grad:
+        raise DiffsteerError(f"the sampler {sampler.name} needs gradients, and is no node by itself: use Gradient guidance")
     chunk = config.chunk
     if isinstance(chunk, str):
         raise DiffsteerError(f"chunk={chunk}: in a graph give a number of rows, or leave it to ComfyUI")

@@ -18,6 +18,7 @@ from diffsteer.guidance import Guidance
 from diffsteer.registry import find, registered
 from diffsteer.reward import Reward
 
+NOT_IN_A_GUIDER = ("recurrence", "smoothing", "draws")  # which only says what a clean estimate is
 STEPS = Input("steps", "INT", "", 20, {"min": 1, "max": 10000})
 CFG = Input("cfg", "FLOAT", "Classifier-free guidance.", 7.0, {"min": 0.0, "max": 100.0, "step": 0.1})
 DENOISE = Input(
@@ -215,13 +216,13 @@ def gradient_guider(host: Host) -> Node:
             Input("vae", "VAE", "Decodes what the reward looks at.", optional=True),
             CFG,
             PROMPT,
-            *fields.widgets(Guidance),
+            *fields.widgets(Guidance, leave_out=NOT_IN_A_GUIDER),
             CHUNK,
         ),
         (("GUIDER", "guider"),),
         run,
         lambda **given: Guidance(**fields.values(Guidance, given)),
-        fields.names(Guidance),
+        tuple(name for name in fields.names(Guidance) if name not in NOT_IN_A_GUIDER),
     )
 
 

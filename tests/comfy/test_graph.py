@@ -133,6 +133,7 @@ def test_the_canvas_form_and_standard_output(tmp_path: Path, capsys: pytest.Capt
         (["prompt=x", "--colour"], "unknown option '--colour'"),
         (["prompt=x", "-o"], "expected one argument"),
         (["prompt=x", "sampler.eta=0"], "eta"),
+        (["prompt=x", "sampler=mpgd"], "no node by itself"),
         (["prompt=x", "num_inference_steps=20000"], r"steps=20000; it lies in \[1, 10000\]"),
         (["prompt=x", "sampler.particles=5000"], r"batch_size=5000; it lies in"),
         (["prompt=x", "model=sd15", "call.height=abc"], "height='abc' is no whole number"),

@@ -32,6 +32,10 @@ class Near(Reward):
         return -0.5 * (samples - self.point).square().flatten(1).sum(1)
 
 
+def strengths(path: str) -> Guidance:
+    return Guidance(clean=0.5) if path == "clean" else Guidance(clean=0.0, network=0.5)
+
+
 def guider_of(guidance: Guidance, reward: Any, path: str = "edm", vae: Any = None, chunk: int | None = None) -> Any:
     with torch.inference_mode():  # as a node runs
         guider = pulled(Guider, Patcher(path), Pull(guidance, reward, "any", vae, chunk, FakeHost()))
@@ -54,8 +58,8 @@ def predict(guider: Any, x: Tensor, step: int) -> Tensor:
 @pytest.mark.parametrize("step", [1, 4, 6])
 def test_a_quadratic_reward_pulls_straight_at_its_point(path: str, step: int) -> None:
     x = 3 * torch.randn(3, *SHAPE)
-    plain = predict(guider_of(Guidance(strength=0.0), Near(2.0), path), x, step)
-    moved = predict(guider_of(Guidance(strength=0.5), Near(2.0), path), x, step)
+    plain = predict(guider_of(Guidance(clean=0.0), Near(2.0), path), x, step)
+    moved = predict(guider_of(Guidance(clean=0.5), Near(2.0), path), x, step)
     sigma = (1 - step / STEPS) * (1.0 if path == "flow" else 10.0)
     alpha = 1 - sigma if path == "flow" else 1.0
     pull = 2.0 - plain  # the gradient at x0
@@ -66,9 +70,9 @@ def test_a_quadratic_reward_pulls_straight_at_its_point(path: str, step: int) ->
 
 def test_through_the_network_the_gradient_is_autograd_s_own() -> None:
     x, step = 3 * torch.randn(2, *SHAPE), 4
-    guider = guider_of(Guidance(strength=0.5, through="network"), Red(), vae=VAE())
+    guider = guider_of(Guidance(clean=0.0, network=0.5), Red(), vae=VAE())
     moved = predict(guider, x, step)
-    plain = predict(guider_of(Guidance(strength=0.0), Red(), vae=VAE()), x, step)
+    plain = predict(guider_of(Guidance(clean=0.0), Red(), vae=VAE()), x, step)
 
     network, vae = Patcher().model.diffusion_model, VAE()
     leaf, sigma = x.clone().requires_grad_(), torch.full((2,), 5.0)
@@ -81,10 +85,10 @@ def test_through_the_network_the_gradient_is_autograd_s_own() -> None:
     torch.testing.assert_close(guider.pull.run.rewards[step], reward.detach(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("through", ["x0", "network"])
+@pytest.mark.parametrize("through", ["clean", "network"])
 def test_rows_do_not_meet_and_blocks_change_nothing(through: str) -> None:
     x = 3 * torch.randn(5, *SHAPE)
-    guidance = Guidance(strength=0.5, through=through)
+    guidance = strengths(through)
     whole = predict(guider_of(guidance, Red(), vae=VAE()), x, 3)
     parts = predict(guider_of(guidance, Red(), vae=VAE(), chunk=2), x, 3)
     alone = torch.cat([predict(guider_of(guidance, Red(), vae=VAE()), row[None], 3) for row in x])
@@ -96,7 +100,7 @@ def test_only_guided_steps_decode_and_guidance_helps() -> None:
     rewards = {}
     for strength in (0.0, 0.4):
         vae, host = VAE(), FakeHost()
-        guidance = Guidance(strength=strength, start=0.25, stop=1.0, every=2)
+        guidance = Guidance(clean=strength, highest=0.89, every=2)
         guider = guider_of(guidance, Red(), vae=vae)
         guider.set_cfg(1.0)
         sigmas, noise = host.sigmas(guider.model_patcher, "simple", STEPS, 1.0), torch.randn(4, *SHAPE)
@@ -110,7 +114,7 @@ def test_only_guided_steps_decode_and_guidance_helps() -> None:
         with torch.inference_mode():
             torch.manual_seed(0)
             made = host.sample(guider, torch.randn_like(noise), torch.zeros(4, *SHAPE), host.sampler(euler), sigmas, None, 0)
-        assert len(vae.decoded) == len(guider.pull.run.rewards) == (3 if strength else 0)  # steps 2, 4 and 6 of 8
+        assert len(vae.decoded) == len(guider.pull.run.rewards) == (3 if strength else 0)  # steps 2, 4, 6 of 8
         with torch.no_grad():
             rewards[strength] = Red().score(vae.decode(made).movedim(-1, 1), [], Context())
     assert bool((rewards[0.4] > rewards[0.0]).all())
@@ -123,8 +127,8 @@ def test_gradients_that_are_no_numbers_are_skipped_counted_and_told() -> None:
             return torch.cat([flat[:1], (flat[1:2] - flat[1:2]).sqrt(), flat[2:]])
 
     x = torch.randn(3, *SHAPE)
-    plain = predict(guider_of(Guidance(strength=0.0), Half()), x, 3)
-    guider = guider_of(Guidance(strength=0.5), Half())
+    plain = predict(guider_of(Guidance(clean=0.0), Half()), x, 3)
+    guider = guider_of(Guidance(clean=0.5), Half())
     moved = predict(guider, x, 3)
     assert torch.equal(moved[1], plain[1]) and not torch.allclose(moved[0], plain[0])
     assert guider.pull.run.skipped == 1
@@ -134,7 +138,7 @@ def test_gradients_that_are_no_numbers_are_skipped_counted_and_told() -> None:
         warnings.simplefilter("always")
         with torch.inference_mode():
             one_step = host.sampler(lambda model, x, s, extra_args, **more: model(x, s[0] * x.new_ones(len(x)), **extra_args))
-            guider.pull.guidance = Guidance(strength=0.5, start=0.0, stop=1.0)
+            guider.pull.guidance = Guidance(clean=0.5)
             host.sample(guider, torch.randn(3, *SHAPE), torch.zeros(3, *SHAPE), one_step, sigmas, None, 0)
     assert any("1 updates were skipped" in str(w.message) for w in said)
 
@@ -142,7 +146,7 @@ def test_gradients_that_are_no_numbers_are_skipped_counted_and_told() -> None:
 def test_the_report_is_of_the_run_that_made_the_latents() -> None:
     from diffsteer.comfy.parts import guidance_text
 
-    host, guider = FakeHost(), guider_of(Guidance(strength=0.5, start=0.0, stop=1.0), Red(), vae=VAE())
+    host, guider = FakeHost(), guider_of(Guidance(clean=0.5), Red(), vae=VAE())
     one_step = host.sampler(lambda model, x, s, extra_args, **more: model(x, s[0] * x.new_ones(len(x)), **extra_args))
     made = []
     with torch.inference_mode():
@@ -150,7 +154,7 @@ def test_the_report_is_of_the_run_that_made_the_latents() -> None:
             noise = torch.randn(2, *SHAPE)
             made.append(host.sample(guider, noise, torch.zeros(2, *SHAPE), one_step, torch.linspace(10, 0, 3), None, seed))
     first, second = (guidance_text({"samples": latents}, guider)[0] for latents in made)
-    assert "seed: 3" in first and "seed: 4" in second and "strength: 0.5" in first and "1 guided steps, 0 updates" in first
+    assert "seed: 3" in first and "seed: 4" in second and "clean: 0.5" in first and "1 guided steps, 0 updates" in first
     assert f"{float(guider.pull.run.rewards[0][0]):.4g}" in second
     for latents, other in ((made[0] + 1, guider), (made[0], Guider(Patcher()))):
         with pytest.raises(DiffsteerError, match="of no run of this guider"):
@@ -184,8 +188,8 @@ def test_a_decoder_that_lets_no_gradient_through_is_named() -> None:
 
 
 def test_the_model_is_brought_back_after_each_decode() -> None:
-    for through, wanted in (("x0", 1), ("network", 3)):  # through the network also before each block
-        guider = guider_of(Guidance(through=through), Red(), vae=VAE(), chunk=2)
+    for through, wanted in (("clean", 1), ("network", 3)):  # through the network also before each block
+        guider = guider_of(strengths(through), Red(), vae=VAE(), chunk=2)
         predict(guider, torch.randn(4, *SHAPE), 3)
         assert guider.pull.host.reloads == wanted
 

@@ -122,7 +122,7 @@ def test_both_forms_run_and_complain_alike() -> None:
         ("DiffsteerReward_compressibility", {"quality": 101}, "lies in [1, 100]"),
         ("DiffsteerKSampler", {"scheduler": "simpel"}, "valid: simple, karras"),
         ("DiffsteerKSampler", {"particles": 0}, "lies in [1, 1024]"),
-        ("DiffsteerGuider", {"start": 0.9, "stop": 0.2}, "wanted 0 <= start <= stop"),
+        ("DiffsteerGuider", {"lowest": 0.9, "highest": 0.2}, "wanted 0 <= lowest <= highest"),
         ("DiffsteerSchedule_karras", {"rho": 0.5}, "lies in [1,"),
         ("DiffsteerKSampler", {"steps": 2.5}, "steps=2.5 is no whole number"),
         ("DiffsteerKSampler", {"cfg": "high"}, "cfg='high' is no number"),

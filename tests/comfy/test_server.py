@@ -231,8 +231,8 @@ def test_checkpoints_loras_and_controlnets_are_steered(server: Server) -> None:
     assert len(plain) == 4 and plain != lora and plain != control
 
 
-@pytest.mark.parametrize("through", ["x0", "network"])
-def test_gradients_pass_through_a_checkpoint(server: Server, through: str) -> None:
+@pytest.mark.parametrize("path", ["clean", "network"])
+def test_gradients_pass_through_a_checkpoint(server: Server, path: str) -> None:
     """CLIP's gradient, with a LoRA on the model and a ControlNet on its conditions."""
     api = with_checkpoint(lora=True, control=True)
     guider = next(node for node in api.values() if node["class_type"] == "CFGGuider")
@@ -240,19 +240,13 @@ def test_gradients_pass_through_a_checkpoint(server: Server, through: str) -> No
         "class_type": "DiffsteerReward_clip",
         "inputs": {"model_name": "shapes", "pretrained": "", "resize": "squash", "device": ""},
     }
-    settings = {
-        "strength": 0.5,
-        "through": through,
-        "start": 0.0,
-        "stop": 1.0,
-        "every": 2,
-        "chunk": 0,
-        "prompt": "a red circle",
-    }
+    settings: dict[str, Any] = {"normaliser": "uncertainty", "schedule": "constant", "iterations": 1}
+    settings |= {"highest": 1.0, "lowest": 0.0, "every": 2, "chunk": 0, "prompt": "a red circle"}
+    settings |= {"clean": 0.0, "network": 0.0, path: 0.5}
     guider["class_type"] = "DiffsteerGuider"
     guider["inputs"] |= {"reward": ["107", 0], "vae": ["100", 2], **settings}
     guided = latents_of(server, api)
-    guider["inputs"]["strength"] = 0.0
+    guider["inputs"][path] = 0.0
     assert guided != latents_of(server, api)
 
 

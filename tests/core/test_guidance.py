@@ -14,38 +14,96 @@ from hypothesis import strategies as st
 
 from diffsteer import schedules
 from diffsteer.algebra import level
-from diffsteer.guidance import Guidance, gradient_of
+from diffsteer.guidance import NORMALISERS, Guidance, Moments, Scale, gradient_of, update
 from diffsteer.lineage import HIGH, LOST, LOW, MARGIN, TALL, WIDE, draw
 from diffsteer.schedules import FlowTime, Karras, LogSNR
+from diffsteer.toy import GaussianMixture
 from diffsteer.types import DiffsteerError, Info, Trace
+
+
+def scale_of(time: float, rows: int = 3, reward: float = -2.0, ceiling: float = math.inf) -> Scale:
+    return Scale(level(1 - time, time), torch.full((rows,), 0.8), torch.full((rows,), reward), ceiling)
 
 
 @given(st.floats(0.01, 5), st.floats(0.01, 0.99), st.floats(1e-3, 1e3))
 def test_an_update_is_a_share_of_the_uncertainty_whatever_the_scale_of_the_reward(
     strength: float, time: float, scale: float
 ) -> None:
-    x0, g = torch.randn(3, 2, 5), torch.randn(3, 2, 5)
-    moved, skipped = Guidance(strength=strength).move(x0, scale * g, level(1 - time, time))
-    rms = (moved - x0).flatten(1).square().mean(1).sqrt()
-    wanted = strength * time / math.hypot(1 - time, time)
-    torch.testing.assert_close(rms, torch.full((3,), wanted), rtol=1e-3, atol=1e-6)
-    assert skipped == 0 and bool(((moved - x0) * g > -1e-6).all())
+    g = torch.randn(3, 2, 5)
+    for through in (False, True):
+        moved, skipped = update(Guidance(), scale * g, scale_of(time), strength, through)
+        rms = moved.flatten(1).square().mean(1).sqrt()
+        wanted = strength * time / math.hypot(1 - time, time)
+        torch.testing.assert_close(rms, torch.full((3,), wanted), rtol=1e-3, atol=1e-6)
+        assert skipped == 0 and bool((moved * g >= 0).all())
+
+
+def test_normalisers_by_hand() -> None:
+    g = torch.tensor([[3.0, 4.0], [0.3, 0.4]])
+    rms = (torch.tensor([25.0, 0.25]) / 2).sqrt()
+
+    def moved(kind: str, through: bool = False, **changed: float) -> torch.Tensor:
+        return update(Guidance(normaliser=kind), g, scale_of(0.25, 2, **changed), 2.0, through)[0]
+
+    torch.testing.assert_close(moved("none"), 2 * g)
+    torch.testing.assert_close(moved("none", through=True), 2 * g / 0.75)  # divided by alpha
+    torch.testing.assert_close(moved("unit"), 2 * g / torch.tensor([[5.0], [0.5]]))
+    torch.testing.assert_close(moved("step"), 2 * g * (0.8 * 0.25 / 0.75 / rms)[:, None])
+    torch.testing.assert_close(moved("clip"), 2 * torch.stack([g[0] / rms[0], g[1]]))
+    torch.testing.assert_close(moved("residual"), 2 * g / (2 * 2**0.5))  # the loss is 2
+    torch.testing.assert_close(moved("residual", reward=1.0, ceiling=10.0), 2 * g / (2 * 3.0))
+    with pytest.raises(DiffsteerError, match="wants minus a squared distance"):
+        moved("residual", reward=1.0)
+
+
+def test_dps_s_norm_is_the_gradient_of_the_distance() -> None:
+    x, y = torch.randn(4, 6), torch.randn(4, 6)
+    g, rewards = gradient_of(lambda z: -(z - y).square().sum(1), x)
+    scale = Scale(level(0.6, 0.8), torch.ones(4), rewards, math.inf)
+    moved, _ = update(Guidance(normaliser="residual"), g, scale, 1.0)
+    torch.testing.assert_close(moved, (y - x) / (y - x).norm(dim=1, keepdim=True))
 
 
 def test_a_flat_reward_and_no_number_move_nothing() -> None:
-    x0 = torch.randn(3, 4)
     gradient = torch.stack([torch.zeros(4), torch.full((4,), math.nan), torch.ones(4)])
-    moved, skipped = Guidance(strength=1.0).move(x0, gradient, level(1.0, 2.0))
-    assert torch.equal(moved[:2], x0[:2]) and skipped == 1 and not torch.equal(moved[2], x0[2])
+    for kind in NORMALISERS:
+        moments = Moments() if kind == "adam" else None
+        moved, skipped = update(Guidance(normaliser=kind), gradient, scale_of(0.5), 1.0, moments=moments)
+        assert not moved[:2].any() and skipped == 1 and bool(moved[2].all()), kind
+
+
+def test_moments_are_adam_s_and_follow_their_rows() -> None:
+    moments, parameter = Moments(0.9, 0.99), torch.nn.Parameter(torch.zeros(4, 3))
+    adam = torch.optim.Adam([parameter], lr=1.0, betas=(0.9, 0.99), eps=1e-8, maximize=True)
+    for _ in range(4):
+        g, before = torch.randn(4, 3), parameter.detach().clone()
+        parameter.grad = g
+        adam.step()
+        torch.testing.assert_close(moments(g), parameter.detach() - before, rtol=1e-4, atol=1e-5)
+    first = moments.first.clone()
+    moments.follow(torch.tensor([[1, 1], [0, 1]]))
+    assert torch.equal(moments.first, first[[1, 1, 2, 3]])
 
 
 @given(st.integers(1, 60), st.floats(0, 1), st.floats(0, 1), st.integers(1, 7))
 def test_guided_steps_lie_in_the_interval(steps: int, a: float, b: float, every: int) -> None:
-    start, stop = min(a, b), max(a, b)
-    guided = [k for k in range(steps) if Guidance(1.0, "x0", start, stop, every).guides(k, steps)]
-    assert all(start * steps <= k < stop * steps for k in guided)
-    assert all(y - x == every for x, y in zip(guided, guided[1:], strict=False))
-    assert not any(Guidance(0.0, "x0", start, stop, every).guides(k, steps) for k in range(steps))
+    lowest, highest = min(a, b), max(a, b)
+    guidance = Guidance(1.0, lowest=lowest, highest=highest, every=every)
+    levels = [level(k / steps, 1 - k / steps) for k in range(steps)]
+    guided = [k for k in range(steps) if guidance.guides(k, levels[k])]
+    assert guided == [k for k in range(0, steps, every) if lowest <= float(levels[k].sigma) <= highest]
+    assert not any(Guidance(0.0).guides(k, levels[k]) for k in range(steps))
+
+
+@pytest.mark.parametrize("path", ["vp", "edm", "flow"])
+@pytest.mark.parametrize("schedule", ["constant", "increase", "decrease"])
+def test_shares_of_a_strength_have_a_mean_of_one(path: str, schedule: str) -> None:
+    model = GaussianMixture([0.0], [1.0]).model(path, "x0")
+    shares = Guidance(schedule=schedule).shares(model.grid(12)[1])
+    assert len(shares) == 12 and sum(shares) / 12 == pytest.approx(1.0) and min(shares) >= 0
+    if schedule != "constant":
+        rising = shares[-2] > shares[0] if schedule == "increase" else shares[-2] < shares[0]
+        assert rising
 
 
 def test_gradient_of_leaves_inference_mode() -> None:
@@ -58,12 +116,14 @@ def test_gradient_of_leaves_inference_mode() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"strength": -1.0},
-        {"strength": math.inf},
-        {"strength": "x"},
-        {"through": "vae"},
-        {"start": 0.9, "stop": 0.1},
+        {"clean": -1.0},
+        {"network": math.inf},
+        {"clean": "x"},
+        {"normaliser": "l1"},
+        {"schedule": "cosine"},
+        {"lowest": 0.9, "highest": 0.1},
         {"every": 0},
+        {"recurrence": 1.5},
     ],
 )
 def test_guidance_refuses(wrong: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ FLOORS = [
     ["selection", "scheduler", "history"],
     ["segments"],
     ["session"],
+    ["guided"],
     ["callable", "run", "backend"],
     ["pipeline", "dropin", "toy"],
     ["sheet"],

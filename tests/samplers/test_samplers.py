@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, EARLY, FIXED
+from cases import CASES, EARLY, FIXED, OFF
 from torch import Tensor
 
 from diffsteer import DiffsteerError, RewardError, SteeredPipeline
@@ -46,9 +46,11 @@ def fixed(potential: str = "difference", k: int = 4, **options: object) -> Feynm
 
 @pytest.mark.parametrize("name", CASES)
 def test_one_particle_is_the_plain_chain(name: str) -> None:
+    """With one particle, or switched off where a method changes the chain itself."""
     make, _ = CASES[name]
+    sampler = OFF[name] if name in OFF else make(1)
     plain = SteeredPipeline(MODEL, BestOfN(1), position)(["a", "b"], num_inference_steps=8, seed=3)
-    out = SteeredPipeline(MODEL, make(1), position)(["a", "b"], num_inference_steps=8, seed=3)
+    out = SteeredPipeline(MODEL, sampler, position)(["a", "b"], num_inference_steps=8, seed=3)
     assert torch.equal(out.samples, plain.samples)
 
 
@@ -79,9 +81,9 @@ def test_declared_cost_is_counted_cost(name: str) -> None:
     for chunk in (None, 5):
         pipe = SteeredPipeline(MODEL, make(3), position, chunk=chunk)
         said, out = pipe.estimate(4, 10), pipe(["a"] * 4, num_inference_steps=10, seed=0)
-        counted = out.ledger.counts
-        assert counted["evaluations"] == said.evaluations == 120
-        assert counted["reward_calls"] == said.reward_calls
+        assert out.ledger.counts == said.counts
+        recurs = getattr(make(3), "recurrence", 1) > 1
+        assert said.evaluations > 120 if recurs else said.evaluations == 120
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -135,7 +137,7 @@ def test_all_nan_warns_and_goes_uniform() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_every_method_warns_of_a_group_without_rewards(name: str) -> None:
     def blind_to_b(x: Tensor, prompts: list[str]) -> Tensor:
-        return torch.tensor([math.nan if p == "b" else 1.0 for p in prompts])
+        return torch.tensor([math.nan if p == "b" else 1.0 for p in prompts]) + 0 * x[:, 0]
 
     pipe = SteeredPipeline(MODEL, CASES[name][0](3), blind_to_b)
     with pytest.warns(UserWarning, match="no finite reward in group 1 after step 6"):

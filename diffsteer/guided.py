@@ -1,0 +1,181 @@
+"""A session's walk with gradient guidance: one step at a time where it guides, and as before where it does not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffsteer import rng
+from diffsteer.algebra import Level, noise_std
+from diffsteer.guidance import Guidance, Moments, Scale, gradient_of, refuse_flat, uncertainty, update, warn_skipped
+from diffsteer.reward import Reward
+from diffsteer.selection import Selection
+from diffsteer.session import Arrival, Session
+from diffsteer.types import Context, DiffsteerError
+
+
+class GuidedWalk:
+    """Carries all rows from noise to clean, moving clean estimates along the gradient of a reward.
+
+    Args:
+        prompts: what the reward is told, one a group.
+        weighed: the rows carry weights: what moved them is told with each event, so that their target stays.
+
+    Raises:
+        DiffsteerError: weights together with recurrences, whose law is not known, or with a solver's own noise.
+    """
+
+    def __init__(
+        self, session: Session, guidance: Guidance, reward: Reward, prompts: Sequence[str], weighed: bool = False
+    ) -> None:
+        if weighed and guidance.recurrence > 1:
+            raise DiffsteerError("guidance: recurrence goes with no weighted particles: the law of its states is not known")
+        if weighed and session.native:
+            raise DiffsteerError("guidance: weighted particles want transition=own, whose noise is known")
+        self.session, self.guidance, self.reward, self.prompts = session, guidance, reward, list(prompts)
+        self.weighed, self.shares = weighed, guidance.shares(session.levels)
+        self.moments = {"clean": Moments(), "network": Moments()} if guidance.normaliser == "adam" else {}
+        self.guided = self.skipped = 0
+
+    def __call__(self, select: Selection) -> Tensor:
+        """The final states, (P * K, ...)."""
+        session = self.session
+        x, at = session.noise(), 0
+        for event in select.events:
+            log_ratio = torch.zeros(len(session.prompts), session.particles, dtype=torch.float64)
+            x0 = x
+            with torch.no_grad():
+                while at < event:
+                    stop = next((k for k in range(at, event) if self._guides(k)), event)
+                    if stop > at:
+                        x, x0 = session.segment(x, at, stop)
+                    else:
+                        stop = at + 1
+                        (x, x0), ratio = self._step(x, at)
+                        log_ratio += ratio.view_as(log_ratio)
+                    at = stop
+                x = select(event, x, x0, log_ratio if self.weighed else None)
+                ancestors = select.infos[-1].ancestors
+                session.follow(ancestors, event)
+                for moments in self.moments.values():
+                    moments.follow(ancestors)
+        warn_skipped(self.skipped)
+        return x
+
+    def _guides(self, k: int) -> bool:
+        levels = self.session.levels
+        return self.guidance.guides(k, levels[k]) and not (self.weighed and float(self._std(k)) == 0)
+
+    def _std(self, k: int) -> Tensor:
+        """Of the noise that the step adds."""
+        levels, session = self.session.levels, self.session
+        return noise_std(levels[k], levels[k + 1], session.eta, session.noise_kind)
+
+    def _step(self, x: Tensor, k: int) -> tuple[Arrival, Tensor]:
+        """One guided step: where it leads, and log p / q of it, (N,)."""
+        session, guidance = self.session, self.guidance
+        at, to = session.levels[k], session.levels[k + 1]
+        ratio = torch.zeros(len(x), dtype=torch.float64)
+        arrival = Arrival(x, x)
+        for visit in range(guidance.recurrence):
+            session.visit = visit
+            arrival, moved = self._moved(x, k)
+            shift = to.alpha.to(moved) * moved
+            if self.weighed:
+                z = session.step_noise(range(len(x)), k).to(moved)
+                ratio = _log_ratio(shift, z, self._std(k))
+            arrival = Arrival(arrival.x + shift.to(arrival.x), arrival.x0 + moved.to(arrival.x0))
+            if visit + 1 < guidance.recurrence:
+                z = rng.normal(session.seed, [session.key(r) for r in range(len(x))], k, f"again {visit}", session.shape)
+                x = again(arrival.x, at, to, z.to(arrival.x))
+        session.visit = 0
+        self.guided += 1
+        return arrival, ratio
+
+    def _moved(self, x: Tensor, k: int) -> tuple[Arrival, Tensor]:
+        """Where the step leads without guidance, and by what its clean estimates are to be moved, (N, ...)."""
+        session, guidance, share = self.session, self.guidance, self.shares[k]
+        at, moved = session.levels[k], torch.zeros_like(x, dtype=torch.float32)
+        if guidance.network > 0:
+            values: list[Tensor] = []
+
+            def objective(x0: Tensor, rows: list[int]) -> Tensor:
+                found = self._smoothed(x0, rows, k)
+                values.append(found.detach())
+                return found
+
+            gradient, arrival = session.gradient(x, k, objective)
+            session.ledger.backwards += len(x)
+            moved = moved + self._update("network", gradient, x, arrival.x0, at, torch.cat(values), share * guidance.network)
+        else:
+            arrival = session.segment(x, k, k + 1)
+        if guidance.clean > 0:
+            for _ in range(guidance.iterations):
+                z = arrival.x0 + moved.to(arrival.x0)
+                gradient, rewards = self._gradient(z, k)
+                moved = moved + self._update("clean", gradient, x, arrival.x0, at, rewards, share * guidance.clean)
+        return arrival, moved
+
+    def _update(
+        self, path: str, gradient: Tensor, x: Tensor, x0: Tensor, at: Level, rewards: Tensor, strength: float
+    ) -> Tensor:
+        alpha, sigma = at.like(x)
+        noise = ((x - alpha * x0) / sigma).float().flatten(1).square().mean(1).sqrt()
+        scale = Scale(at, noise, rewards.to(noise), self.reward.range[1])
+        moved, skipped = update(self.guidance, gradient, scale, strength, path == "network", self.moments.get(path))
+        self.skipped += skipped
+        return moved
+
+    def _gradient(self, x0: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The gradient of the reward at clean estimates (N, ...), and the rewards (N,)."""
+
+        def one_block(block: list[int]) -> tuple[Tensor, Tensor]:
+            rows = list(dict.fromkeys(block))
+            return gradient_of(lambda leaf: self._smoothed(leaf, rows, k), x0[rows])
+
+        parts = self.session.cut.run(len(x0), one_block)
+        return torch.cat([g for g, _ in parts]), torch.cat([r for _, r in parts])
+
+    def _smoothed(self, x0: Tensor, rows: list[int], k: int) -> Tensor:
+        """The reward of clean estimates (n, ...), smoothed, (n,); differentiable."""
+        guidance, session = self.guidance, self.session
+        if guidance.draws == 1 and guidance.smoothing == 0:
+            return self._rate(x0, rows, k)
+        size = guidance.smoothing * float(uncertainty(session.levels[k]))
+        keys = [session.key(r) for r in rows]
+        drawn = [rng.normal(session.seed, keys, k, f"smooth {j}", session.shape) for j in range(guidance.draws)]
+        rewards = torch.stack([self._rate(x0 + size * z.to(x0), rows, k) for z in drawn])
+        return rewards.logsumexp(0) - math.log(guidance.draws)
+
+    def _rate(self, x0: Tensor, rows: list[int], k: int) -> Tensor:
+        session, ledger = self.session, self.session.ledger
+        samples = x0
+        if session.decoder is not None:
+            with ledger.timed("decode"):
+                samples = session.decoder(x0).float()
+            ledger.decodes += len(rows)
+        with ledger.timed("reward"):
+            prompts = [self.prompts[r // session.particles] for r in rows]
+            rewards = self.reward.rate(samples, prompts, Context(k, session.steps, session.embedded)).float()
+        ledger.reward_calls += len(rows)
+        refuse_flat(rewards)
+        return rewards
+
+
+def again(x: Tensor, at: Level, to: Level, z: Tensor) -> Tensor:
+    """Back to the level before: the states (N, ...) at `to`, with noise added until they are at `at`, on any path.
+
+    ``x = a x' + b z`` with ``a = alpha / alpha'`` and ``b^2 = sigma^2 - a^2 sigma'^2``: states of the model keep its marginals.
+    """
+    a = at.alpha / to.alpha
+    b = (at.sigma**2 - a**2 * to.sigma**2).clamp(min=0).sqrt()
+    return a.to(x) * x + b.to(x) * z
+
+
+def _log_ratio(shift: Tensor, z: Tensor, std: Tensor) -> Tensor:
+    """log p(x') / q(x') of ``x' = mean + shift + std z``, p being without the shift: no two densities are subtracted, (N,)."""
+    g = (shift.double() / std.double()).flatten(1)
+    return -(g * z.double().flatten(1)).sum(1) - 0.5 * g.square().sum(1)

@@ -1,0 +1,47 @@
+"""Loss-guided diffusion with Monte Carlo: Song et al. (2023), ICML, PMLR 202:32483."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from diffsteer.guidance import NORMALISERS, Guidance
+from diffsteer.samplers.guided import Guided
+from diffsteer.types import setting
+
+
+@dataclass(frozen=True)
+class LGD(Guided):
+    """DPS with the reward's exponential averaged over Gaussian draws around the clean estimate.
+
+    A heuristic: the draws stand for the unknown posterior of x0. With ``draws=1, smoothing=0`` it is DPS; with ``strength=0``
+    the plain chain.
+
+    Cost: at each step `draws` decodes and rewards, forwards and backwards, and the network backwards.
+
+    Args:
+        particles: chains a prompt.
+        eta: amount of noise in the transition.
+        strength: through the network.
+        draws: of the posterior; about 10 in the paper.
+        smoothing: their standard deviation, in shares of ``sigma / sqrt(alpha^2 + sigma^2)``, which is the paper's.
+        normaliser: see `Guidance`.
+
+    Raises:
+        DiffsteerError: a value out of its range.
+    """
+
+    strength: float = setting(0.3, low=0)
+    draws: int = setting(10, low=1)
+    smoothing: float = setting(1.0, low=0)
+    normaliser: str = setting("uncertainty", choices=tuple(NORMALISERS))
+
+    name: ClassVar[str] = "lgd"
+    source: ClassVar[str] = "Song et al., 2023, ICML (PMLR 202:32483)"
+
+    @property
+    def guidance(self) -> Guidance:
+        """Through the network, smoothed."""
+        return Guidance(
+            clean=0.0, network=self.strength, draws=self.draws, smoothing=self.smoothing, normaliser=self.normaliser
+        )

@@ -1,0 +1,45 @@
+"""Manifold preserving guided diffusion: He et al. (2023), arXiv 2311.16424."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from diffsteer.guidance import NORMALISERS, Guidance
+from diffsteer.samplers.guided import Guided
+from diffsteer.types import setting
+
+
+@dataclass(frozen=True)
+class MPGD(Guided):
+    """The clean estimate follows the gradient at itself: nothing goes back through the network.
+
+    The cheapest method on large models. Its weakness: at high noise the estimate is blurred, and the gradient of a reward that
+    never saw such pictures says little. A heuristic; with ``strength=0`` the plain chain. The paper's projection through an
+    autoencoder is what decoding latents does anyway.
+
+    Cost: at each guided step a decode and a reward, forwards and backwards.
+
+    Args:
+        particles: chains a prompt.
+        eta: amount of noise in the transition.
+        strength: at x0.
+        normaliser: see `Guidance`; "step" is the paper's rule for Stable Diffusion, where its strength is 15 to 30 percent.
+        highest, lowest: the noise levels that are guided.
+
+    Raises:
+        DiffsteerError: a value out of its range.
+    """
+
+    strength: float = setting(0.3, low=0)
+    normaliser: str = setting("uncertainty", choices=tuple(NORMALISERS))
+    highest: float = setting(1.0, low=0, high=1)
+    lowest: float = setting(0.0, low=0, high=1)
+
+    name: ClassVar[str] = "mpgd"
+    source: ClassVar[str] = "He et al., 2023, arXiv 2311.16424"
+
+    @property
+    def guidance(self) -> Guidance:
+        """At x0 alone."""
+        return Guidance(clean=self.strength, normaliser=self.normaliser, highest=self.highest, lowest=self.lowest)
