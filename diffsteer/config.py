@@ -56,11 +56,13 @@ class Config:
         deterministic: bits that depend neither on `batch` nor on what was done before.
         call: further arguments of the pipeline's call, such as call.height=512.
         device: None for the accelerator if there is one.
+        guide: gradient guidance beside a sampler that selects, one of the samplers that guide.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     sampler: Any = MISSING
     reward: Any = MISSING
+    guide: Any = MISSING
     prompt: str | None = None
     prompts: str | None = None
     negative_prompt: str | None = None
@@ -105,6 +107,9 @@ def register_schemas() -> None:
             store.store(name=name, group=f"schema/{kind}", node=schema(cls, name))
             if not (shipped / kind / f"{name}.yaml").exists():
                 store.store(name=name, group=kind, node=schema(cls, name))
+            if hasattr(cls, "guidance"):
+                store.store(name=name, group="guide", node=schema(cls, name))
+    store.store(name="none", group="guide", node={"name": "none"})
 
 
 def build(kind: str, config: DictConfig) -> Any:
@@ -116,8 +121,9 @@ def build(kind: str, config: DictConfig) -> Any:
     name = config.get("name")
     if not isinstance(name, str):
         raise DiffsteerError(f"{kind}: it has no name{nearest('', registered(kind))}")
-    if kind == "sampler" and name == "none":
+    if kind in ("sampler", "guide") and name == "none":
         return None
+    kind = "sampler" if kind == "guide" else kind
     cls = find(kind, name)
     try:
         given = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
@@ -168,7 +174,7 @@ def for_hydra(argv: list[str]) -> list[str]:
             raise DiffsteerError("out= names no folder")
         elif equals and key.lstrip("+") in VERBATIM:
             rewritten.append(f"{key}={quoted(value)}")
-        elif equals and key in ("model", "sampler", "reward") and value in ("", "null"):
+        elif equals and key in ("model", "sampler", "reward", "guide") and value in ("", "null"):
             raise DiffsteerError(f"{key}={value} is no option{nearest(value, _options(key))}")
         elif equals and key == "model" and _is_path(value, argv):
             rewritten += ["model=path", f"model.path={quoted(value)}"]

@@ -20,6 +20,7 @@ from diffsteer.algebra import NOISES
 from diffsteer.batch import GRID, MANIFEST, Folder, Item, as_items, generate, read_items
 from diffsteer.blocks import check_size
 from diffsteer.config import Config, as_yaml, build, settings
+from diffsteer.guidance import guidance_of
 from diffsteer.pipeline import TRANSITIONS, SteeredPipeline, check_effect, load_pipeline
 from diffsteer.registry import find, nearest
 from diffsteer.reward import Reward
@@ -56,6 +57,8 @@ def generate_folder(config: DictConfig, out: Path, shown: str) -> None:
     items = _items(config)
     sampler = build("sampler", config.sampler)
     reward = None if OmegaConf.is_missing(config, "reward") else build("reward", config.reward)
+    guide = build("guide", config.guide)
+    guidance_of(guide, sampler)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     own = {"weights": digest(config.model.path)} if config.model.path in MODELS else {}
     told, digested = settings(config, device=device.partition(":")[0], **own)
@@ -74,7 +77,7 @@ def generate_folder(config: DictConfig, out: Path, shown: str) -> None:
     if pipe is not None and reward is not None:  # a prompt that cannot be scored is refused before any other is done
         reward.prepare([item.prompt for item in folder.missing], Context(embedded=is_embedded(pipe)))
     for f, method in runs.values():
-        _fill(f, config, pipe, method, reward)
+        _fill(f, config, pipe, method, reward, guide if method is sampler else None)
     if demo:
         _show_demo({name: f for name, (f, _) in runs.items()})
     before = f"; {kept} of them were there already" if kept else ""
@@ -184,7 +187,7 @@ def _load(config: DictConfig, device: str) -> Any:
     return pipe.to(device, getattr(torch, config.model.dtype))
 
 
-def _fill(folder: Folder, config: DictConfig, pipe: Any, sampler: Sampler | None, reward: Any) -> None:
+def _fill(folder: Folder, config: DictConfig, pipe: Any, sampler: Sampler | None, reward: Any, guide: Sampler | None) -> None:
     """One folder: the estimate, then the work with a progress bar."""
     from diffsteer.pipes import check_call
 
@@ -192,7 +195,7 @@ def _fill(folder: Folder, config: DictConfig, pipe: Any, sampler: Sampler | None
         folder.finish()
         return
     names = ("output", "decoder", "transition", "noise", "chunk", "deterministic")
-    steered = SteeredPipeline(pipe, sampler, reward, **{name: config[name] for name in names})
+    steered = SteeredPipeline(pipe, sampler, reward, guide=guide, **{name: config[name] for name in names})
     prompts, particles = len(folder.missing), sampler.particles if sampler else 1
     call: dict[str, Any] = OmegaConf.to_container(config.call, resolve=True)  # type: ignore[assignment]
     check_call(pipe, call)

@@ -85,7 +85,8 @@ class Guidance:
         recurrence: times that a step is taken, noise being added again in between.
         smoothing: standard deviation of the noise that x0 is smoothed by, in shares of its uncertainty.
         draws: of that noise.
-        highest, lowest: the noise levels ``t = sigma / (alpha + sigma)`` that are guided.
+        highest, lowest: the noise levels ``t = sigma / (alpha + sigma)`` that are guided. Below 0.25, CLIP's gradient at x0
+            pleased CLIP and spoilt pictures of the embedded model.
         every: only each so many steps.
 
     Raises:
@@ -101,7 +102,7 @@ class Guidance:
     smoothing: float = setting(0.0, low=0)
     draws: int = setting(1, low=1)
     highest: float = setting(1.0, low=0, high=1)
-    lowest: float = setting(0.0, low=0, high=1)
+    lowest: float = setting(0.25, low=0, high=1)
     every: int = setting(1, low=1)
 
     def __post_init__(self) -> None:

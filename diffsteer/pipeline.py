@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffsteer import rng
+from diffsteer.algebra import Level
 from diffsteer.blocks import Blocks, Size, check_size
 from diffsteer.callable import CallableModel, CallableSession
 from diffsteer.control import check_noise
@@ -241,15 +242,16 @@ class SteeredPipeline:
 
         Args:
             call: the arguments of the call that decide what it costs (guidance_scale, negative_prompt, strength); others do
-                no harm. Where guidance is for a part of a run (cfg_trunc_ratio, a method's noise levels), less is counted.
+                no harm. Where one ends guidance on the way (cfg_trunc_ratio, cfg_truncation), fewer evaluations are counted.
             rehearse: a prompt to run two steps with, as often as fits a block of rows, which tells seconds and memory as well;
                 without it they stay empty.
         """
         facts: dict[str, Any] = {}
         guided, steps, size = False, num_inference_steps or 50, Blocks(self.chunk).size
+        levels: list[Level] = []
         if not isinstance(self.pipe, CallableModel):
             from diffsteer.pipes import check_pipeline, is_guided, skipped_steps
-            from diffsteer.segments import grid_length
+            from diffsteer.segments import grid_of
             from diffsteer.shapes.models import recommended
 
             family = check_pipeline(self.pipe)
@@ -258,7 +260,7 @@ class SteeredPipeline:
             guided = is_guided(self.pipe, known)
             asked = num_inference_steps or known.get("num_inference_steps")
             eta = None if self.sampler is None or self.transition == "native" else self.sampler.eta
-            steps = grid_length(self.pipe, asked, known, eta)
+            steps, levels = grid_of(self.pipe, asked, known, eta)
             facts["further"] = skipped_steps(self.pipe, steps, known)
             if family.entry == "step" and self.sampler is not None:
                 cut = self.deterministic or (size is not None and size < prompts * self.sampler.particles)
@@ -275,7 +277,7 @@ class SteeredPipeline:
             experts=len(self.experts),
             tiny=self.decoder.startswith("tiny"),
             guide=self.guide,
-            levels=self.pipe.grid(steps)[1] if isinstance(self.pipe, CallableModel) else None,
+            levels=self.pipe.grid(steps)[1] if isinstance(self.pipe, CallableModel) else levels,
             **facts,
         )
         if rehearse is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsteer import rng
+from diffsteer.algebra import Level
 from diffsteer.control import Control
 from diffsteer.scheduler import install
 from diffsteer.selection import Selection
@@ -137,8 +138,9 @@ class SegmentControl(Control):
         return x
 
 
-def grid_length(pipe: Any, steps: int | None, call: dict[str, Any], eta: float | None) -> int:
-    """How many transitions a call with so many steps makes: more for solvers with inner steps, fewer for a picture's strength.
+def grid_of(pipe: Any, steps: int | None, call: dict[str, Any], eta: float | None) -> tuple[int, list[Level]]:
+    """How many transitions a call with so many steps makes (more for solvers with inner steps, fewer for a picture's strength),
+    and their levels, one more; none where the pipeline's own solver steps.
 
     Args:
         steps: None is the default of the pipeline.
@@ -156,9 +158,11 @@ def grid_length(pipe: Any, steps: int | None, call: dict[str, Any], eta: float |
     try:
         scheduler.set_timesteps(**(custom or {"num_inference_steps": steps}), **mu)  # type: ignore[dict-item]
     except (ValueError, TypeError):
-        return steps  # some grids are made by the pipeline, as long as asked
+        return steps, []  # some grids are made by the pipeline, as long as asked
     length = len(scheduler.timesteps)
+    levels = list(scheduler.levels)
     if "strength" not in parameters:
-        return length
+        return length, levels
     strength = float(call.get("strength", parameters["strength"].default))
-    return length - (steps - min(int(steps * strength), steps)) * int(scheduler.order)
+    length -= (steps - min(int(steps * strength), steps)) * int(scheduler.order)
+    return length, levels[-(length + 1) :]

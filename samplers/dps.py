@@ -39,4 +39,4 @@ class DPS(Guided):
     @property
     def guidance(self) -> Guidance:
         """Through the network alone."""
-        return Guidance(clean=0.0, network=self.strength, normaliser=self.normaliser)
+        return Guidance(clean=0.0, network=self.strength, normaliser=self.normaliser, lowest=0.0)

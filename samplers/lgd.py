@@ -43,5 +43,10 @@ class LGD(Guided):
     def guidance(self) -> Guidance:
         """Through the network, smoothed."""
         return Guidance(
-            clean=0.0, network=self.strength, draws=self.draws, smoothing=self.smoothing, normaliser=self.normaliser
+            clean=0.0,
+            network=self.strength,
+            draws=self.draws,
+            smoothing=self.smoothing,
+            normaliser=self.normaliser,
+            lowest=0.0,
         )

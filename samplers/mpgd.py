@@ -25,7 +25,7 @@ class MPGD(Guided):
         eta: amount of noise in the transition.
         strength: at x0.
         normaliser: see `Guidance`; "step" is the paper's rule for Stable Diffusion, where its strength is 15 to 30 percent.
-        highest, lowest: the noise levels that are guided.
+        highest, lowest: the noise levels ``t = sigma / (alpha + sigma)`` that are guided, see `Guidance`.
 
     Raises:
         DiffsteerError: a value out of its range.
@@ -34,7 +34,7 @@ class MPGD(Guided):
     strength: float = setting(0.3, low=0)
     normaliser: str = setting("uncertainty", choices=tuple(NORMALISERS))
     highest: float = setting(1.0, low=0, high=1)
-    lowest: float = setting(0.0, low=0, high=1)
+    lowest: float = setting(0.25, low=0, high=1)
 
     name: ClassVar[str] = "mpgd"
     source: ClassVar[str] = "He et al., 2023, arXiv 2311.16424"

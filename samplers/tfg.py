@@ -58,4 +58,5 @@ class TFG(Guided):
             recurrence=self.recurrence,
             smoothing=self.smoothing,
             draws=self.draws,
+            lowest=0.0,
         )

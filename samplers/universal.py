@@ -51,4 +51,5 @@ class UniversalGuidance(Guided):
             iterations=self.iterations,
             recurrence=self.recurrence,
             normaliser=self.normaliser,
+            lowest=0.0,
         )

@@ -27,6 +27,7 @@ _NOT_HERE = {
     "decoder": ("full", "in a ComfyUI graph the VAE that is connected decodes: connect a tiny one"),
     "deterministic": (False, "a ComfyUI batch is run as it comes"),
     "device": (None, "ComfyUI chooses devices itself"),
+    "guide.name": ("none", "in a graph put the node Gradient guidance in the place of CFGGuider"),
     "model.dtype": ("float32", "ComfyUI chooses number formats itself"),
     "model.revision": (None, "ComfyUI loads files"),
     "model.variant": (None, "ComfyUI loads files"),

@@ -185,7 +185,7 @@ def test_a_skipped_update_is_said_and_counted() -> None:
         bad = torch.tensor([p == "b" for p in prompts])
         return torch.where(bad, x[:, 0], x[:, 0] * 1.0) + torch.where(bad, (x[:, 0] * 0).sqrt(), torch.zeros(len(x)))
 
-    pipe = SteeredPipeline(model("vp"), MPGD(2), broken)
+    pipe = SteeredPipeline(model("vp"), MPGD(2, lowest=0.0), broken)
     with pytest.warns(UserWarning, match=f"{2 * 2 * STEPS} updates were skipped"):
         out = pipe(["b", "b"], num_inference_steps=STEPS, seed=0)
     plain = SteeredPipeline(model("vp"), BestOfN(2), position)(["b", "b"], num_inference_steps=STEPS, seed=0)

@@ -1,0 +1,47 @@
+"""Gradient guidance on the command line: as a sampler, and beside one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffsteer import SteeredPipeline, load_pipeline
+from diffsteer.rewards import ClipScore
+from diffsteer.samplers import MPGD, FeynmanKac
+
+PROMPT, STEPS = "a red circle", 4
+
+
+def test_it_is_what_python_does(command: Callable[..., Any], manifest: Callable[..., Any], tmp_path: Path) -> None:
+    steps = f"num_inference_steps={STEPS}"
+    done = command("generate", f"prompt={PROMPT}", steps, "guide=mpgd", "guide.strength=0.2", "sampler.particles=2", "out=both")
+    assert done.code == 0, done.err
+    (entry,) = manifest(tmp_path / "both")
+    pipe = SteeredPipeline(load_pipeline("shapes"), FeynmanKac(2), ClipScore(), guide=MPGD(strength=0.2))
+    out = pipe([PROMPT], num_inference_steps=STEPS, seed=0)
+    assert entry["reward"] == pytest.approx(float(out.rewards[0, out.chosen[0]]), abs=1e-3)
+    done = command("generate", f"prompt={PROMPT}", steps, "sampler=dps", "out=one")
+    assert done.code == 0 and "8 evaluations, 4 of them backwards" in done.out
+    (entry,) = manifest(tmp_path / "one")
+    assert entry["ledger"]["backwards"] == STEPS
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("guide=mpdg",), "did you mean 'mpgd'?"),
+        (("guide=mpgd", "sampler=dps"), "methods that guide stand alone"),
+        (("guide=mpgd", "sampler=none"), "methods that guide stand alone"),
+        (("guide=universal",), "recurrence goes with no weighted particles"),
+        (("guide=mpgd", "reward=compressibility"), "compressibility has none"),
+        (("guide=mpgd", "guide.strength=-1"), "clean=-1"),
+        (("guide=",), "guide= is no option"),
+    ],
+)
+def test_what_cannot_be_is_refused(command: Callable[..., Any], tmp_path: Path, argv: tuple[str, ...], said: str) -> None:
+    done = command("generate", f"prompt={PROMPT}", "num_inference_steps=2", "out=here", *argv)
+    assert done.code == 2 and said in done.err and len(done.err.splitlines()) == 1
+    assert not (tmp_path / "here" / "images").exists()
