@@ -67,7 +67,7 @@ class DiffusersSession(Session):
     ) -> None:
         super().__init__(prompts, **keys)
         self.family, self.native = check_pipeline(pipe), transition == "native"
-        self.makes = self.family.makes
+        self.makes, self.no_reentry = self.family.makes, self.family.no_reentry
         if self.family.mixed and keys.get("deterministic"):
             raise UnsupportedError(f"{type(pipe).__name__} cannot be deterministic: {self.family.mixed}")
         if not self.eta and not self.native and getattr(pipe.scheduler.config, "stochastic_sampling", False):

@@ -14,7 +14,7 @@ from diffsteer.guidance import Guidance, Moments, Scale, gradient_of, refuse_fla
 from diffsteer.reward import Reward
 from diffsteer.selection import Selection
 from diffsteer.session import Arrival, Session
-from diffsteer.types import Context, DiffsteerError
+from diffsteer.types import Context, DiffsteerError, UnsupportedError
 
 
 class GuidedWalk:
@@ -26,11 +26,14 @@ class GuidedWalk:
 
     Raises:
         DiffsteerError: weights together with recurrences, whose law is not known, or with a solver's own noise.
+        UnsupportedError: a pipeline that cannot be cut into steps.
     """
 
     def __init__(
         self, session: Session, guidance: Guidance, reward: Reward, prompts: Sequence[str], weighed: bool = False
     ) -> None:
+        if session.no_reentry:
+            raise UnsupportedError(f"guidance takes single steps, and this pipeline cannot be cut, since {session.no_reentry}")
         if weighed and guidance.recurrence > 1:
             raise DiffsteerError("guidance: recurrence goes with no weighted particles: the law of its states is not known")
         if weighed and session.native:
@@ -163,6 +166,17 @@ class GuidedWalk:
         ledger.reward_calls += len(rows)
         refuse_flat(rewards)
         return rewards
+
+
+def pieces(guides: Sequence[bool], recurrence: int, events: Sequence[int]) -> int:
+    """How many segments a walk takes: each guided step is one, as often as it is taken; so is what lies between."""
+    count, at = 0, 0
+    for event in events:
+        while at < event:
+            guided = at < len(guides) and guides[at]
+            stop = at + 1 if guided else next((k for k in range(at, event) if k < len(guides) and guides[k]), event)
+            count, at = count + (recurrence if guided else 1), stop
+    return count
 
 
 def again(x: Tensor, at: Level, to: Level, z: Tensor) -> Tensor:

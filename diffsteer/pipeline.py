@@ -264,7 +264,7 @@ class SteeredPipeline:
             facts["further"] = skipped_steps(self.pipe, steps, known)
             if family.entry == "step" and self.sampler is not None:
                 cut = self.deterministic or (size is not None and size < prompts * self.sampler.particles)
-                facts["entered"] = len(self.sampler.schedule(steps)) if cut else 0
+                facts |= {"entered": len(self.sampler.schedule(steps)) if cut else 0, "enters": True}
         decoded = self.decoder != "none" if not isinstance(self.pipe, CallableModel) else self.pipe.decode is not None
         said = estimate(
             self.sampler,

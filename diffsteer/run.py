@@ -16,7 +16,7 @@ from torch import Tensor
 from diffsteer import media
 from diffsteer.algebra import Level
 from diffsteer.guidance import Guidance
-from diffsteer.guided import GuidedWalk
+from diffsteer.guided import GuidedWalk, pieces
 from diffsteer.ledger import Ledger
 from diffsteer.reward import Reward, prepare
 from diffsteer.selection import Scorer, Selection, check_inputs, choose
@@ -106,6 +106,7 @@ def estimate(
     further: int = 0,
     guide: Guidance | None = None,
     levels: Sequence[Level] | None = None,
+    enters: bool = False,
 ) -> Ledger:
     """The counts that a run will have, before it runs: equal to what it then counts, the padding of blocks aside.
 
@@ -118,16 +119,20 @@ def estimate(
         entered: how many segments a row enters by an evaluation of its own.
         further: steps at which every row is evaluated once more.
         guide: gradient guidance beside the sampler's own, if it has any. levels: of the grid; without them all are guided.
+        enters: `entered` holds for guided segments, too.
     """
     rows, events = (prompts, 1) if sampler is None else (prompts * sampler.particles, len(sampler.schedule(steps)))
     guide = guide or getattr(sampler, "guidance", None)
     visits = looks = 0
     if guide is not None:
         moved = steps - 1 if sampler is not None and sampler.exact else steps  # without noise no weight could know
-        guides = sum(guide.guides(k, levels[k]) if levels else k % guide.every == 0 for k in range(moved))
-        visits = guides * guide.recurrence if max(guide.clean, guide.network) > 0 else 0
+        on = max(guide.clean, guide.network) > 0
+        guides = [on and (guide.guides(k, levels[k]) if levels else k % guide.every == 0) for k in range(moved)]
+        visits = sum(guides) * guide.recurrence
         looks = rows * visits * guide.draws * ((guide.network > 0) + (guide.clean > 0) * guide.iterations)
-        steps += max(visits - guides, 0)
+        if enters and sampler is not None:
+            entered = pieces(guides, guide.recurrence, sampler.schedule(steps))
+        steps += visits - sum(guides)
     steps += entered
     return Ledger(
         evaluations=rows * (steps * (1 + guided) + further) * experts,

@@ -52,6 +52,7 @@ class Session(ABC):
     tiny_decoder: Callable[[Tensor], Tensor] | None = None
     embedded: bool = False
     makes: str = ""
+    no_reentry: str = ""  # why its runs cannot be cut
     visit = 0  # how often the step at hand was taken before
 
     def __init__(

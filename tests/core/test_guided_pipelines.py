@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffsteer import SteeredPipeline
 from diffsteer.guidance import Guidance
+from diffsteer.guided import pieces
 from diffsteer.samplers import DPS, MPGD, BestOfN, FeynmanKac, UniversalGuidance
 
 CALL: dict[str, Any] = {"num_inference_steps": 5, "guidance_scale": 3.0, "seed": 1}
@@ -46,3 +47,26 @@ def test_guidance_beside_weighted_particles(toy_pipeline: Any) -> None:
     assert not torch.allclose(out.samples, alone.samples)
     torch.testing.assert_close(again.samples[0], out.samples[1], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(out.log_weights.exp().sum(1), torch.ones(2, dtype=torch.float64))
+
+
+def test_pieces_of_a_walk() -> None:
+    assert pieces([False] * 6, 1, (2, 6)) == 2
+    assert pieces([True] * 6, 2, (6,)) == 12
+    assert pieces([False, True, False, False, True, False], 3, (3, 6)) == 1 + 3 + 1 + 1 + 3 + 1
+
+
+def test_a_class_that_enters_by_a_step_pays_for_each_piece() -> None:
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    network = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )
+    drawn = SteeredPipeline(DDPMPipeline(network, DDPMScheduler()), DPS(2, normaliser="uncertainty"), red)
+    out = drawn([""], num_inference_steps=4, seed=0)
+    assert out.ledger.counts == drawn.estimate(1, 4).counts
+    assert out.ledger.evaluations == 2 * (4 + 4)

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffsteer import SteeredPipeline, UnsupportedError, steered
 from diffsteer.control import Follower
 from diffsteer.pipes import decoder_of
-from diffsteer.samplers import FeynmanKac
+from diffsteer.samplers import MPGD, FeynmanKac
 from diffsteer.scheduler import SteeringMixin
 
 NAME, STEPS = "LTX2Pipeline", 6
@@ -90,3 +90,8 @@ def test_a_deep_copy_is_no_second_pipeline() -> None:
     pipe.scheduler = copy.deepcopy(pipe.scheduler)
     with pytest.raises(UnsupportedError, match="follows it step by step"):
         pipe(PROMPTS, num_images_per_prompt=2, num_inference_steps=4)
+
+
+def test_gradient_guidance_is_refused_since_it_takes_single_steps() -> None:
+    with pytest.raises(UnsupportedError, match="this pipeline cannot be cut, since its sound is a second stream"):
+        SteeredPipeline(built(NAME), MPGD(2), level_of)(PROMPTS, seed=0, **call())
