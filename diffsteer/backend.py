@@ -20,14 +20,14 @@ from diffsteer.control import Left
 from diffsteer.decoding import size_of
 from diffsteer.history import History
 from diffsteer.hooks import Watch, guidance_parts, watching
-from diffsteer.levels import cut_state
+from diffsteer.levels import clock_of, cut_state
 from diffsteer.pipes import (
-    PER_PROMPT,
     asked_of,
     check_call,
     check_pipeline,
     decoder_of,
     denoisers_of,
+    given_per_prompt,
     is_guided,
     is_offloaded,
     refuse_caches,
@@ -89,7 +89,7 @@ class DiffusersSession(Session):
         if latents is not None and self.family.entry != "latents":
             raise DiffsteerError(f"{type(pipe).__name__} begins with states of its own: leave latents= out")
         self.user, self.given = pipe, latents
-        self.each = self._given_per_prompt(call, negative_prompt)
+        self.each = given_per_prompt(call, negative_prompt, len(self.prompts))
         self.call = {k: v for k, v in call.items() if k not in self.each}
         self.embedded = is_embedded(pipe)
         kind, _, where = decoder.partition(":")
@@ -115,20 +115,6 @@ class DiffusersSession(Session):
     def _default(self, name: str) -> Any:
         return self._parameters[name].default if name in self._parameters else None
 
-    def _given_per_prompt(self, call: dict[str, Any], negative_prompt: Any) -> dict[str, list[Any]]:
-        """Arguments with one value a prompt: their rows follow the blocks."""
-        each = {k: list(call[k]) for k in PER_PROMPT if isinstance(call.get(k), (list, tuple, Tensor))}
-        if negative_prompt is not None:
-            given = [negative_prompt] * len(self.prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
-            each["negative_prompt"] = given
-        for name, values in each.items():
-            if len(values) == 1:
-                each[name] = values * len(self.prompts)
-            elif len(values) != len(self.prompts):
-                what = name.replace("_", " ") + ("s" if len(values) != 1 else "")
-                raise DiffsteerError(f"{len(values)} {what} for {len(self.prompts)} prompts; give one, or one each")
-        return each
-
     def _probe(self) -> None:
         """A call for one row with an empty part of the grid tells the levels, and the shape and scale of the states."""
         control = self._control
@@ -142,7 +128,7 @@ class DiffusersSession(Session):
         if self.steps < 1:
             raise DiffsteerError(f"{type(self.user).__name__}: this strength= and num_inference_steps= leave no step to take")
         self.levels = scheduler.levels[control.skipped :]
-        self._noise_scale = float(scheduler.own_init_noise_sigma)
+        self._noise_scale, self.clock = float(scheduler.own_init_noise_sigma), clock_of(scheduler, control.skipped)
         self.shape, self._dtype, self._device = tuple(first.shape[1:]), first.dtype, first.device
 
     def _first_states(self, rows: Sequence[int]) -> Tensor:
@@ -293,6 +279,8 @@ class DiffusersSession(Session):
         shown, call = x.repeat_interleave(count, 0), self._arguments(rows)
         control = self._control
         control.start, control.stop, control.rows, control.x, control.x0 = start, stop, rows, x, x
+        asked, control.shifted = (None, None) if self.shifted is None else self.shifted.of(list(rows))
+        self._watch.asked = None if asked is None else asked.repeat_interleave(count)
         # at the beginning of a walk the pipeline draws the very states that would be let in
         control.entering = self.family.entry == "step" and (start > 0 or control.select is None)
         if self.family.entry == "latents":

@@ -11,6 +11,7 @@ from torch import Tensor
 from diffsteer.algebra import PREDICTIONS, Level, level, mixed, to_clean, transition
 from diffsteer.schedules import Karras
 from diffsteer.session import Arrival, Session
+from diffsteer.timing import Clock
 from diffsteer.types import DiffsteerError
 
 PATHS = ("vp", "edm", "flow")
@@ -85,6 +86,17 @@ class CallableModel:
         times = Karras().ratios(steps, *self.sigmas).tolist()
         return times, [level(1.0, s) for s in times] + [level(1.0, 0.0)]
 
+    def table(self) -> Tensor:
+        """What fn can be asked for: (M, 3) of time, alpha and sigma, times rising."""
+        if self.alphas_cumprod is not None:
+            bars = self.alphas_cumprod
+            return torch.stack([torch.arange(len(bars)).double(), bars.sqrt(), (1 - bars).sqrt()], 1)
+        if self.path == "flow":
+            t = torch.linspace(0, 1, 1001, dtype=torch.float64)
+            return torch.stack([t, 1 - t, t], 1)
+        sigmas = Karras().ratios(1000, *self.sigmas).flip(0)
+        return torch.stack([sigmas, torch.ones_like(sigmas), sigmas], 1)
+
 
 class CallableSession(Session):
     """A session over a `CallableModel`; conditions are the prompts themselves, whatever they are."""
@@ -94,6 +106,7 @@ class CallableSession(Session):
         self.model, self.shape, self.decoder = model, model.shape, model.decode
         self.steps = num_inference_steps
         self.times, self.levels = model.grid(num_inference_steps)
+        self.clock = Clock(torch.tensor(self.times, dtype=torch.float64), model.table())
 
     def _scale_noise(self, noise: Tensor) -> Tensor:
         return (noise * self.levels[0].sigma.to(noise.dtype)).to(self.model.device, self.model.dtype)
@@ -105,6 +118,9 @@ class CallableSession(Session):
             at, to = self.levels[k], self.levels[k + 1]
             shown = x if count == 1 else x.repeat_interleave(count, 0)
             t = torch.full((len(shown),), self.times[k], dtype=x.dtype, device=x.device)
+            if self.shifted is not None:
+                asked, at = self.shifted.of(list(rows))
+                t = asked.to(x).repeat_interleave(count)
             with self.ledger.timed("denoiser"):
                 output = mixed(self.model.fn(shown, t, conditions), self.experts)
             self.ledger.forwards += 1

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from diffsteer import rng
-from diffsteer.algebra import NOISES
+from diffsteer.algebra import NOISES, Level
 from diffsteer.particles import reindex
 from diffsteer.types import DiffsteerError, UnsupportedError
 
@@ -35,7 +35,8 @@ class Control:
         entering: the next step takes no step, but lets the states in (`enter`).
         left: a call is left when its part of the grid is walked, by `Left`.
         doubled: `step` is handed every row twice. experts: the weights of the rows that share a state.
-        at: the index of the last step. moved: (P, K), whose copies its particles have become; None if they stayed.
+        shifted: the level of each row, where that is not the grid's. at: the index of the last step. moved: (P, K), whose
+            copies its particles have become; None if they stayed.
     """
 
     eta: float | None = None
@@ -51,6 +52,7 @@ class Control:
     left: bool = False
     doubled: bool = False
     experts: tuple[float, ...] = (1.0,)
+    shifted: Level | None = None
     at: int = -1
     moved: Tensor | None = None
 

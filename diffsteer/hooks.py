@@ -6,6 +6,7 @@ block that they were set for: a context variable says which one is active, so th
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,11 +28,14 @@ class Watch:
     def __init__(self, ledger: Ledger, keep: bool = False) -> None:
         self.ledger, self.keep = ledger, keep
         self.outputs: list[Tensor] = []  # of the denoiser since the last step
+        self.asked: Tensor | None = None  # the time of each row, (N,), in the place of the pipeline's
         self._started = 0.0
 
-    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if _active.get() is self:
-            self._started = time.perf_counter()
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        if _active.get() is not self:
+            return None
+        self._started = time.perf_counter()
+        return None if self.asked is None else _with_times(module, args, kwargs, self.asked)
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if _active.get() is not self:
@@ -51,6 +55,20 @@ class Watch:
         """The outputs since the last call."""
         outputs, self.outputs = self.outputs, []
         return outputs
+
+
+def _with_times(module: nn.Module, args: Any, kwargs: Any, asked: Tensor) -> tuple[Any, Any]:
+    """A denoiser's arguments with a time a row: the rows of both halves, where guidance doubles them, have the same."""
+    given = inspect.signature(module.forward).bind(*args, **kwargs)
+    if "timestep" not in given.arguments:
+        raise UnsupportedError(f"{type(module).__name__} is not told its time by an argument timestep")
+    rows = len(next(iter(given.arguments.values())))
+    before = torch.as_tensor(given.arguments["timestep"])
+    times = asked.to(before.device, torch.float32).repeat(rows // len(asked))
+    given.arguments["timestep"] = (
+        times if before.is_floating_point() or bool((times % 1 != 0).any()) else times.to(before.dtype)
+    )
+    return given.args, given.kwargs
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from diffsteer.algebra import Level, level
+from diffsteer.timing import Clock
 from diffsteer.types import UnsupportedError
 
 # These walk half steps or keep a noise process of their own, so the levels of their grid are no chain of one-step transitions.
@@ -135,3 +136,19 @@ def scheduler_levels(scheduler: Any) -> list[Level]:
     final = float(getattr(scheduler, "final_alpha_cumprod", 1.0))
     bars = [*cumulative[scheduler.timesteps.long().cpu()].tolist(), final]
     return [level(bar**0.5, (1 - bar) ** 0.5) for bar in bars]
+
+
+def clock_of(scheduler: Any, skipped: int = 0) -> Clock | None:
+    """What a scheduler calls its levels, if a network can be told them row by row: states that go in unscaled, at times that
+    the schedule has a level for.
+
+    Args:
+        skipped: of the grid, where a pipeline starts in its middle.
+    """
+    times = scheduler.timesteps.as_subclass(torch.Tensor).double().cpu()[skipped:]
+    if is_flow(scheduler):
+        return None  # pipelines tell their networks a flow's time in units of their own
+    if getattr(scheduler, "sigmas", None) is not None or not hasattr(scheduler, "alphas_cumprod") or not scheduler.levels:
+        return None
+    bars = scheduler.alphas_cumprod.double().cpu()
+    return Clock(times, torch.stack([torch.arange(len(bars)).double(), bars.sqrt(), (1 - bars).sqrt()], 1))

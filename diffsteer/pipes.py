@@ -91,6 +91,25 @@ def check_call(pipe: Any, call: dict[str, Any]) -> None:
             raise DiffsteerError(f"the argument {name!r} of {type(pipe).__name__} cannot be given to a steered run")
 
 
+def given_per_prompt(call: dict[str, Any], negative_prompt: Any, prompts: int) -> dict[str, list[Any]]:
+    """Arguments with one value a prompt: their rows follow the blocks.
+
+    Raises:
+        DiffsteerError: another number of them.
+    """
+    each = {k: list(call[k]) for k in PER_PROMPT if isinstance(call.get(k), (list, tuple, Tensor))}
+    if negative_prompt is not None:
+        given = [negative_prompt] * prompts if isinstance(negative_prompt, str) else list(negative_prompt)
+        each["negative_prompt"] = given
+    for name, values in each.items():
+        if len(values) == 1:
+            each[name] = values * prompts
+        elif len(values) != prompts:
+            what = name.replace("_", " ") + ("s" if len(values) != 1 else "")
+            raise DiffsteerError(f"{len(values)} {what} for {prompts} prompts; give one, or one each")
+    return each
+
+
 def class_labels(pipe: Any, prompts: Sequence[Any]) -> list[int]:
     """The numbers of classes that are given as numbers, in digits or by one of the names that the pipeline knows them by.
 

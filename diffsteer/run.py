@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from diffsteer.ledger import Ledger
 from diffsteer.reward import Reward, prepare
 from diffsteer.selection import Scorer, Selection, check_inputs, choose
 from diffsteer.session import Session
+from diffsteer.timed import TimedWalk
+from diffsteer.timing import Timing
 from diffsteer.types import Context, DiffsteerError, Info, Problem, Sampler, Trace
 
 OUTPUTS = ("best", "draw", "all")
@@ -123,6 +125,9 @@ def estimate(
     """
     rows, events = (prompts, 1) if sampler is None else (prompts * sampler.particles, len(sampler.schedule(steps)))
     guide = guide or getattr(sampler, "guidance", None)
+    timing = timing_of(sampler, guide)
+    if timing is not None:
+        steps, entered = timing.evaluations(steps) + steps * timing.calibrates, 0
     visits = looks = 0
     if guide is not None:
         moved = steps - 1 if sampler is not None and sampler.exact else steps  # without noise no weight could know
@@ -142,6 +147,18 @@ def estimate(
         tiny_decodes=rows * (events - 1) if decoded and tiny else 0,
         reward_calls=rows * (events * (rewards > 0) + (rewards > 1)) + looks,
     )
+
+
+def timing_of(sampler: Sampler | None, guide: Guidance | None) -> Timing | None:
+    """The timing of a method that has one.
+
+    Raises:
+        DiffsteerError: gradient guidance beside it.
+    """
+    timing: Timing | None = getattr(sampler, "timing", None)
+    if timing is not None and guide is not None:
+        raise DiffsteerError(f"{getattr(sampler, 'name', 'the sampler')} goes with no gradient guidance: leave guide out")
+    return timing
 
 
 def run(
@@ -181,7 +198,12 @@ def run(
     scorer = Scorer(reward, session.decoder, texts, ledger, session.embedded, session.cut, session.tiny_decoder)
     select = Selection(sampler, problem, scorer, watch)
     guide = guide or getattr(sampler, "guidance", None)
-    if guide is None:
+    timing = timing_of(sampler, guide)
+    shifts: tuple[Any, ...] = ()
+    if timing is not None:
+        walk = TimedWalk(session, timing)
+        x, shifts = walk(select), tuple(walk.shifts)
+    elif guide is None:
         x = session.walk(select)
     else:
         if reward is None:
@@ -206,6 +228,6 @@ def run(
         log_z=select.state.log_z,
         chosen=chosen,
         images=images,
-        trace=select.trace,
+        trace=replace(select.trace, shifts=shifts),
         ledger=ledger,
     )

@@ -183,7 +183,7 @@ class SteeringMixin:
     def _transition(
         self, k: int, model_output: Tensor, sample: Tensor, control: Control, generator: Any
     ) -> tuple[Tensor, Tensor]:
-        at, to = self.levels[k], self.levels[k + 1]
+        at, to = control.shifted or self.levels[k], self.levels[k + 1]
         x0, eps = self._clean(k, model_output, sample)
         noisy = bool((noise_std(at, to, control.eta or 0.0, control.noise_kind) > 0).any())
         z = control.noise(k, sample, generator) if noisy else torch.zeros_like(x0)
@@ -192,7 +192,7 @@ class SteeringMixin:
     def _clean(self, k: int, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
         """The clean estimate and the noise, in single precision or better."""
         work = torch.promote_types(sample.dtype, torch.float32)
-        at, config = self.levels[k], self.config  # type: ignore[attr-defined]
+        at, config = self._control.shifted or self.levels[k], self.config  # type: ignore[attr-defined]
         output = model_output[:, : sample.shape[1]].to(work)  # a learned variance rides along as further channels
         x, prediction = sample.to(work), prediction_of(self)
         if prediction == "preconditioned":

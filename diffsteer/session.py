@@ -17,6 +17,7 @@ from diffsteer.control import check_noise
 from diffsteer.ledger import Ledger
 from diffsteer.rng import Id
 from diffsteer.selection import Selection
+from diffsteer.timing import Clock, Shifted
 from diffsteer.types import DiffsteerError
 
 
@@ -54,6 +55,8 @@ class Session(ABC):
     makes: str = ""
     no_reentry: str = ""  # why its runs cannot be cut
     visit = 0  # how often the step at hand was taken before
+    clock: Clock | None = None  # where rows can be at levels of their own
+    shifted: Shifted | None = None  # those levels, in the next segment, which is one step
 
     def __init__(
         self,

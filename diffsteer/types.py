@@ -140,9 +140,11 @@ class Context:
 
 @dataclass(frozen=True)
 class Trace:
-    """The record of a run: one `Info` an event, in order."""
+    """The record of a run: one `Info` an event, in order; of time-shift also a `diffsteer.timing.Shift` a step that it
+    looked at."""
 
     events: tuple[Info, ...] = field(default=())
+    shifts: tuple[Any, ...] = field(default=())
 
     @property
     def ancestors(self) -> list[Tensor]:

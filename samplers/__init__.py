@@ -5,11 +5,13 @@ if __name__ != "diffsteer.samplers":
 
 from diffsteer.samplers.best_of_n import BestOfN
 from diffsteer.samplers.dps import DPS
+from diffsteer.samplers.epsilon_scaling import EpsilonScaling
 from diffsteer.samplers.feynman_kac import FeynmanKac
 from diffsteer.samplers.freedom import FreeDoM
 from diffsteer.samplers.lgd import LGD
 from diffsteer.samplers.mpgd import MPGD
 from diffsteer.samplers.tfg import TFG
+from diffsteer.samplers.time_shift import TimeShift
 from diffsteer.samplers.universal import UniversalGuidance
 
-__all__ = ["BestOfN", "DPS", "FeynmanKac", "FreeDoM", "LGD", "MPGD", "TFG", "UniversalGuidance"]
+__all__ = ["BestOfN", "DPS", "EpsilonScaling", "FeynmanKac", "FreeDoM", "LGD", "MPGD", "TFG", "TimeShift", "UniversalGuidance"]

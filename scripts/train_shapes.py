@@ -11,6 +11,12 @@
     python scripts/train_shapes.py encode --work DIR    encode the scenes with the autoencoder that ships (2 min)
     python scripts/train_shapes.py flow --work DIR      the painter as a rectified flow, on those (30 min on one core)
     python scripts/train_shapes.py export_flow --work DIR     and into diffsteer/shapes/weights
+    python scripts/train_shapes.py pixels --work DIR    the pixel-space model, 32 x 32      (50 min on one core)
+    python scripts/train_shapes.py judge --work DIR     the classifier that judges it       (10 min on one core)
+    python scripts/train_shapes.py export_pixels --work DIR   and both into diffsteer/shapes/weights
+    python scripts/train_shapes.py clips --work DIR     render and encode moving scenes     (10 min)
+    python scripts/train_shapes.py motion --work DIR    the motion module on the frozen painter (1 h on one core)
+    python scripts/train_shapes.py export_motion --work DIR   and into diffsteer/shapes/weights
     python scripts/train_shapes.py export --work DIR    fp16 safetensors into diffsteer/shapes/weights
 
 Every stage keeps a checkpoint in DIR and goes on from it when it is started again; batches are keyed by the step, so an
@@ -30,7 +36,9 @@ import numpy as np
 import torch
 from shapes_clips import stage_clip, stage_clip2, stage_clip_halfway
 from shapes_flow import stage_encode, stage_export_flow, stage_flow
+from shapes_motion import stage_clips, stage_export_motion, stage_motion
 from shapes_networks import SCHEDULE, Painter, make_vae
+from shapes_pixels import stage_export_pixels, stage_judge, stage_pixels
 from shapes_training import pixels, tokenize, train
 from torch import Tensor, nn
 
@@ -206,6 +214,12 @@ STAGES = {
         stage_flow,
         stage_export,
         stage_export_flow,
+        stage_pixels,
+        stage_judge,
+        stage_export_pixels,
+        stage_clips,
+        stage_motion,
+        stage_export_motion,
     )
 }
 

@@ -21,6 +21,7 @@ PLUGINS = sorted([*(ROOT / "samplers").glob("*.py"), *(ROOT / "rewards").glob("*
 # what a lower floor may not know; later names may import earlier ones only
 FLOORS = [
     ["rng", "algebra", "ledger", "types"],
+    ["timing"],
     ["blocks", "media", "fingerprint"],
     ["levels", "events", "particles", "resampling", "reward", "hooks", "decoding", "conditions"]
     + ["guidance", "schedules", "lineage"],
@@ -31,7 +32,7 @@ FLOORS = [
     ["selection", "scheduler", "history"],
     ["segments"],
     ["session"],
-    ["guided"],
+    ["guided", "timed"],
     ["callable", "run", "backend"],
     ["pipeline", "dropin", "toy"],
     ["sheet"],

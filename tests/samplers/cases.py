@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from diffsteer.samplers import DPS, LGD, MPGD, TFG, BestOfN, FeynmanKac, FreeDoM, UniversalGuidance
+from diffsteer.samplers import (
+    DPS,
+    LGD,
+    MPGD,
+    TFG,
+    BestOfN,
+    EpsilonScaling,
+    FeynmanKac,
+    FreeDoM,
+    TimeShift,
+    UniversalGuidance,
+)
 from diffsteer.types import Sampler
 
 EARLY = (0.2, 0.4, 0.6, 0.8)  # more events than the default has, so that there is more to get wrong
@@ -22,6 +33,9 @@ CASES: dict[str, tuple[Callable[[int], Sampler], bool]] = {
     "tfg": (lambda k: TFG(k, network=0.1, clean=0.1, iterations=2), False),
     "universal": (lambda k: UniversalGuidance(k), False),
     "freedom": (lambda k: FreeDoM(k), False),
+    # the toy's samples have one element and no variance: with a window it is tried in test_time_shift.py
+    "time_shift": (lambda k: TimeShift(k, eta=1.0, window=0.0), False),
+    "epsilon_scaling": (lambda k: EpsilonScaling(k, eta=1.0), False),
 }
 # Methods that change the chain itself, switched off.
 OFF: dict[str, Sampler] = {
@@ -31,4 +45,6 @@ OFF: dict[str, Sampler] = {
     "tfg": TFG(network=0.0, clean=0.0),
     "universal": UniversalGuidance(forward=0.0, backward=0.0),
     "freedom": FreeDoM(strength=0.0),
+    "time_shift": TimeShift(window=0.0, eta=1.0),
+    "epsilon_scaling": EpsilonScaling(scale=1.0, eta=1.0),
 }
