@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from diffsteer import rng
 from diffsteer.blocks import Blocks
+from diffsteer.clip_session import ClipSession
 from diffsteer.conditions import Memory
 from diffsteer.control import Left
 from diffsteer.decoding import size_of
 from diffsteer.history import History
-from diffsteer.hooks import Watch, guidance_parts, watching
+from diffsteer.hooks import Watch, guidance_parts, tapping, watching
 from diffsteer.levels import clock_of, cut_state
 from diffsteer.pipes import (
     asked_of,
@@ -29,19 +30,21 @@ from diffsteer.pipes import (
     denoisers_of,
     given_per_prompt,
     is_guided,
-    is_offloaded,
     refuse_caches,
+    refuse_counted,
+    refuse_graph,
     tiny_decoder_of,
 )
 from diffsteer.scheduler import install
 from diffsteer.segments import SegmentControl, frozen, only_latents
 from diffsteer.selection import Selection
-from diffsteer.session import Arrival, Session
+from diffsteer.session import Arrival
 from diffsteer.shapes.models import is_embedded, recommended
+from diffsteer.start import NoiseTransform
 from diffsteer.types import DiffsteerError, UnsupportedError
 
 
-class DiffusersSession(Session):
+class DiffusersSession(ClipSession):
     """A session over a pipeline: a shadow of it (`copy.copy`, components shared) carries the steered scheduler.
 
     Texts are encoded once a session, by the pipeline's own encoder behind a memory (`diffsteer.conditions`). A segment is one
@@ -62,6 +65,7 @@ class DiffusersSession(Session):
         latents: Tensor | None = None,
         decoder: str = "full",
         transition: str = "own",
+        start: NoiseTransform | None = None,
         call: dict[str, Any] | None = None,
         **keys: Any,
     ) -> None:
@@ -75,7 +79,8 @@ class DiffusersSession(Session):
             raise UnsupportedError(
                 f"{name} with stochastic_sampling=True draws by no key of ours: set eta above 0, or that to False"
             )
-        self.history = History(pipe.scheduler, self.native, self.eta)
+        self.history = History(pipe.scheduler, self.native, self.ours)
+        self.remembers, self.start = bool(self.history.of_rows), start
         self._prepared: dict[Any, Any] = {}  # by rows: what the pipeline made of pictures
         call = recommended(pipe) | (call or {})
         advised = call.pop("num_inference_steps", None)
@@ -96,6 +101,7 @@ class DiffusersSession(Session):
         self.decoder = None if kind == "none" else decoder_of(pipe, **call)
         self.tiny_decoder = tiny_decoder_of(pipe, where, **call) if kind == "tiny" else None
         self._size = size_of(pipe, call)
+        self.size = (self._size.height, self._size.width)
         self.shadow = copy.copy(pipe)
         asked = call | {"negative_prompt": negative_prompt}
         self._control = SegmentControl(self, self.shadow, is_guided(pipe, asked))
@@ -217,21 +223,16 @@ class DiffusersSession(Session):
         if self.interrupted:
             return Arrival(x, x)
         whole = (start, stop) == (0, self.steps)
-        if not self.eta and not self.native and not whole and cut_state(self.user.scheduler) is None:
+        if not self.ours and not self.native and not whole and cut_state(self.user.scheduler) is None:
             name = type(self.user.scheduler).__name__
             raise UnsupportedError(
                 f"eta=0 steps with {name} itself, which runs from 0 to {self.steps} only, not {start} to {stop}"
             )
         self._stopped = False
-        counted = [name for name in self.family.by_index if self.call.get(name, self._default(name)) != self._default(name)]
-        if counted and not whole:
-            name = type(self.user).__name__
-            raise UnsupportedError(
-                f"{name} counts the steps of its call for {counted[0]}, so that it runs from 0 to {self.steps} only, not "
-                f"{start} to {stop}: leave {counted[0]} out"
-            )
+        if not whole:
+            refuse_counted(self.user, self.call, f"0 to {self.steps} only, not {start} to {stop}")
         if graph:
-            self._refuse_graph()
+            refuse_graph(self.user, self._modules)
         arrival = super().segment(x, start, stop, rows, graph)
         self.interrupted = self._stopped
         return arrival
@@ -296,8 +297,10 @@ class DiffusersSession(Session):
 
         try:
             modules = self._modules if torch.is_grad_enabled() else []
-            with watching(self._watch, *self._denoisers), frozen(modules), self._preparing(rows, let_in), suppress(Left):
+            taps = tapping(self._denoisers[0], self._taps, self.features)
+            with watching(self._watch, *self._denoisers), frozen(modules), self._preparing(rows, let_in), taps, suppress(Left):
                 out = (inspect.unwrap(run) if torch.is_grad_enabled() else run)(self.shadow, **call)[0]
+            self.lay_out(shown)
         finally:
             if hasattr(self.shadow, "maybe_free_model_hooks"):
                 self.shadow.maybe_free_model_hooks()
@@ -308,6 +311,11 @@ class DiffusersSession(Session):
     def follow(self, ancestors: Tensor, index: int) -> None:
         """Rows have become copies of others: so do their histories."""
         self.history.follow(ancestors, index)
+
+    def gradient(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Arrival]:
+        """As in `Session`. Parameters stay frozen until the pass back is done: a denoiser with checkpoints runs again there."""
+        with frozen(self._modules):
+            return super().gradient(*args, **kwargs)
 
     def trajectory(self, x: Tensor, start: int = 0, stop: int | None = None, rows: Sequence[int] | None = None) -> Tensor:
         """As in `Session`.
@@ -321,16 +329,6 @@ class DiffusersSession(Session):
                 f"{name} remembers its last steps, which get no gradient: take one that does not, or eta > 0"
             )
         return super().trajectory(x, start, stop, rows)
-
-    def _refuse_graph(self) -> None:
-        name = type(self.user).__name__
-        if self.family.no_reentry:
-            raise UnsupportedError(f"{name} gives no gradients: {self.family.no_reentry}")
-        if any(is_offloaded(m) for m in self._modules):
-            raise UnsupportedError(
-                f"{name} is offloaded, which moves weights away before the backward pass needs them: for gradients load it "
-                "without enable_model_cpu_offload, enable_sequential_cpu_offload or enable_group_offload"
-            )
 
     def _stream(self, row: int) -> torch.Generator:
         """From this a pipeline draws what it draws itself for a row, the same in every call. Our transition draws by key."""

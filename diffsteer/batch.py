@@ -104,7 +104,7 @@ def _did_you_mean(name: str, valid: list[str]) -> str:
 @dataclass
 class Folder:
     """The folder of one run: `entries` are the manifest's lines by id, those whose images are gone left out;
-    `texts` are written into the metadata of an item's pictures.
+    `texts` are written into the metadata of an item's pictures; `video` is the format of videos.
 
     Raises:
         DiffsteerError: it holds results of other settings or other prompts, which would be lost.
@@ -115,6 +115,7 @@ class Folder:
     settings_hash: str
     entries: dict[int | str, dict[str, Any]] = field(default_factory=dict)
     texts: Callable[[Item], dict[str, str]] = lambda item: {}
+    video: str = "gif"
 
     def __post_init__(self) -> None:
         manifest, prompts = self.path / MANIFEST, {item.id: item for item in self.items}
@@ -144,7 +145,7 @@ class Folder:
         per, images = out.rewards.shape[1], out.images or []
         counted = out.ledger.counts
         counts = {name: counted[name] // len(items) for name in _COUNTS if counted[name] or name not in _RARE}
-        folder, suffix = media.kind(images[0])
+        folder, suffix = media.kind(images[0], self.video)
         (self.path / folder).mkdir(parents=True, exist_ok=True)
         lines = []
         for p, item in enumerate(items):
@@ -184,7 +185,7 @@ class Folder:
         if not (self.path / MANIFEST).is_file() or (self.path / MANIFEST).read_text(encoding="utf-8") != text:
             with _replacing(self.path / MANIFEST) as part:
                 part.write_text(text, encoding="utf-8")
-        shown = [e for e in (self.entries[id] for id in asked[:SHOWN]) if not e["image"].endswith(".wav")]
+        shown = [e for e in (self.entries[id] for id in asked[:SHOWN]) if not e["image"].endswith((".wav", ".mp4"))]
         sheet([[self.path / e["image"] for e in shown]], [e["prompt"] for e in shown], self.path / GRID)
 
 

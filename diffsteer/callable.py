@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from diffsteer.algebra import PREDICTIONS, Level, level, mixed, to_clean, transition
-from diffsteer.schedules import Karras
+from diffsteer.grids import Range, flow_times, ratios_for, snapped, vp_range, vp_ratios
+from diffsteer.schedules import Karras, Schedule
 from diffsteer.session import Arrival, Session
 from diffsteer.timing import Clock
 from diffsteer.types import DiffsteerError
@@ -64,12 +66,17 @@ class CallableModel:
         self.fn, self.prediction, self.path, self.shape = fn, prediction, path, tuple(shape)
         self.alphas_cumprod, self.sigmas, self.decode, self.device, self.dtype = bars, sigmas, decode, device, dtype
 
-    def grid(self, steps: int) -> tuple[list[float], list[Level]]:
+    def grid(self, steps: int, schedule: Schedule | None = None) -> tuple[list[float], list[Level]]:
         """The times at which fn is called (T of them) and the levels (T + 1), the last one clean.
+
+        Args:
+            schedule: in the place of evenly spaced times ("vp", "flow") or `Karras` ("edm"); of "vp" the nearest distinct ones.
 
         Raises:
             DiffsteerError: fewer than one step, or more than `alphas_cumprod` has.
         """
+        if schedule is not None and steps >= 1:
+            return self._walk(steps, schedule)
         if self.path == "vp":
             bars = self.alphas_cumprod
             assert bars is not None
@@ -86,11 +93,23 @@ class CallableModel:
         times = Karras().ratios(steps, *self.sigmas).tolist()
         return times, [level(1.0, s) for s in times] + [level(1.0, 0.0)]
 
+    def _walk(self, steps: int, schedule: Schedule) -> tuple[list[float], list[Level]]:
+        end = level(1.0, 0.0)
+        if self.alphas_cumprod is not None:
+            bars, table = self.alphas_cumprod, vp_ratios(self.alphas_cumprod)
+            index = snapped(ratios_for(schedule, steps, vp_range(table)), table).tolist()
+            return [float(t) for t in index], [*(level(bars[t].sqrt(), (1 - bars[t]).sqrt()) for t in index), end]
+        if self.path == "flow":
+            known = Range(math.inf, 1e-3, True, lambda t: t / (1 - t))
+            times = flow_times(ratios_for(schedule, steps, known)).tolist()
+            return times, [*(level(1 - t, t) for t in times), end]
+        times = ratios_for(schedule, steps, Range(*self.sigmas, False, lambda t: t)).tolist()
+        return times, [*(level(1.0, s) for s in times), end]
+
     def table(self) -> Tensor:
         """What fn can be asked for: (M, 3) of time, alpha and sigma, times rising."""
         if self.alphas_cumprod is not None:
-            bars = self.alphas_cumprod
-            return torch.stack([torch.arange(len(bars)).double(), bars.sqrt(), (1 - bars).sqrt()], 1)
+            return vp_table(self.alphas_cumprod)
         if self.path == "flow":
             t = torch.linspace(0, 1, 1001, dtype=torch.float64)
             return torch.stack([t, 1 - t, t], 1)
@@ -105,7 +124,7 @@ class CallableSession(Session):
         super().__init__(prompts, **keys)
         self.model, self.shape, self.decoder = model, model.shape, model.decode
         self.steps = num_inference_steps
-        self.times, self.levels = model.grid(num_inference_steps)
+        self.times, self.levels = model.grid(num_inference_steps, self.schedule)
         self.clock = Clock(torch.tensor(self.times, dtype=torch.float64), model.table())
 
     def _scale_noise(self, noise: Tensor) -> Tensor:
@@ -128,3 +147,22 @@ class CallableSession(Session):
             x0, eps = to_clean(self.model.prediction, x, output, at)
             x = transition(x0, eps, at, to, self.eta, self.step_noise(rows, k).to(x), self.noise_kind)
         return Arrival(x, x0)
+
+
+def pixel_model(unet: Callable[[Tensor, Tensor], Any], alphas_cumprod: Tensor) -> CallableModel:
+    """A network that predicts the noise of pictures in [-1, 1] as a model: its clean estimates are cut off at that range, as
+    Ho et al. (2020), arXiv 2006.11239, do; a noise that is a little wrong, where there is nearly nothing else, would be a
+    picture far out of it. Samples are in [0, 1]."""
+    clock = Clock(torch.empty(0), vp_table(alphas_cumprod.double()))
+
+    def clean(x: Tensor, t: Tensor, conditions: list[Any]) -> Tensor:
+        alpha, sigma = clock.level(t).like(x)
+        x0: Tensor = (x - sigma * unet(x, t).sample) / alpha
+        return x0.clamp(-1, 1)
+
+    return CallableModel(clean, "x0", "vp", (3, 32, 32), alphas_cumprod, decode=lambda x: (x / 2 + 0.5).clamp(0, 1))
+
+
+def vp_table(bars: Tensor) -> Tensor:
+    """(M, 3) of time, alpha and sigma for alphas_cumprod (M,)."""
+    return torch.stack([torch.arange(len(bars), dtype=torch.float64), bars.sqrt(), (1 - bars).sqrt()], 1)

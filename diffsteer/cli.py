@@ -1,4 +1,4 @@
-"""The command line: ``diffsteer generate | list | comfy``. Parsing and composing are Hydra's, see `diffsteer.config`.
+"""The command line: ``diffsteer generate | tune | list | comfy``. Parsing and composing are Hydra's, see `diffsteer.config`.
 
 Modules that need torch are imported when a command does, so that ``--help`` and ``--version`` answer at once.
 """
@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,11 +21,17 @@ from diffsteer import __version__
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from diffsteer.config import Config
+
 USAGE = """\
 diffsteer generate [prompt=TEXT | prompts=FILE] [key=value ...]   images, steered by a reward (--help tells the keys)
+diffsteer tune tune.parameters.NAME=LOW..HIGH [key=value ...]     a sampler's parameters, searched for a reward
 diffsteer list samplers | rewards | models                        what there is
 diffsteer comfy export DIR | doctor DIR | graph key=value ...     nodes for ComfyUI, and runs as graphs
 diffsteer --version"""
+TUNE_HELP = """\
+diffsteer tune tune.parameters.NAME=LOW..HIGH [key=value ...]: a sampler's parameters, searched for a reward with Optuna.
+Its own keys stand under tune.; all others are those of diffsteer generate."""
 OK, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 # What is the matter with a path that was given, and no failure of the machine.
@@ -60,7 +66,7 @@ def main(argv: list[str]) -> int:
     if command in ("", "--help", "-h"):
         print(USAGE)
         return OK if command else WRONG_INPUT
-    commands = {"generate": _generate, "list": _list, "comfy": _comfy}
+    commands = {"generate": _generate, "tune": _tune, "list": _list, "comfy": _comfy}
     if command not in commands:
         import difflib
 
@@ -101,6 +107,20 @@ def _report(error: Exception, more: str = "") -> int:
 
 
 def _generate(argv: list[str]) -> int:
+    from diffsteer.config import Config
+
+    return _composed("generate", argv, Config, _job)
+
+
+def _tune(argv: list[str]) -> int:
+    from diffsteer.config import Tuning, quoted
+
+    own = ["hydra.job.name=tune", f"hydra.help.header={quoted(TUNE_HELP)}"]
+    return _composed("tune", [*own, *argv], Tuning, _tune_job)
+
+
+def _composed(command: str, argv: list[str], keys: type[Config], job: Callable[[DictConfig], None]) -> int:
+    """Run a job with what Hydra composes of the arguments, in the folder that Hydra makes; several with -m."""
     global _exits, _started
     import hydra
 
@@ -109,11 +129,11 @@ def _generate(argv: list[str]) -> int:
 
     _started = time.time()
     argv = _overrides_first(for_hydra(argv))
-    register_schemas()
+    register_schemas(keys)
     _exits = None if os.environ.get(_FULL_ERROR) == "1" else []
     try:
-        with _hydra_raising(["diffsteer generate", *argv]), _warnings_in_a_line():
-            hydra.main(version_base="1.3", config_path="pkg://diffsteer.configs", config_name="config")(_job)()
+        with _hydra_raising([f"diffsteer {command}", *argv]), _warnings_in_a_line():
+            hydra.main(version_base="1.3", config_path="pkg://diffsteer.configs", config_name="config")(job)()
         return max(_exits or [OK])
     except ValueError as error:  # of Hydra itself, about its flags: a job's errors have been told
         if _exits is None:
@@ -176,15 +196,27 @@ def _hydra_raising(argv: list[str]) -> Iterator[None]:
 
 
 def _job(config: DictConfig) -> None:
-    """One job: all prompts with one configuration, in the folder that Hydra made."""
-    from hydra.core.hydra_config import HydraConfig
-
+    """One job: all prompts with one configuration."""
     from diffsteer.generate import generate_folder
+
+    _in_folder(generate_folder, config)
+
+
+def _tune_job(config: DictConfig) -> None:
+    """One job: a search."""
+    from diffsteer.tune import tune_folder
+
+    _in_folder(tune_folder, config)
+
+
+def _in_folder(work: Callable[[DictConfig, Path, str], None], config: DictConfig) -> None:
+    """Do it in the folder that Hydra made, errors said in a line."""
+    from hydra.core.hydra_config import HydraConfig
 
     out = Path(HydraConfig.get().runtime.output_dir)
     resume = f"; what is done stays: the same command with out={_shown(out)} goes on"
     try:
-        generate_folder(config, out, _shown(out))
+        work(config, out, _shown(out))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped{resume}") from None
     except Exception as error:

@@ -25,6 +25,7 @@ from diffsteer.registry import find, nearest, registered
 from diffsteer.types import DiffsteerError
 
 VERBATIM = ("prompt", "negative_prompt")
+OPEN = ("call", "tune.parameters")  # mappings that take any key
 GROUPS = ("sampler", "reward")  # of the registry, that can be configured
 # Keys that do not change what a prompt's result is. `chunk` does in a deterministic run, where every block has that size.
 _WITHOUT_EFFECT = ("prompt", "prompts", "out", "batch")
@@ -51,18 +52,25 @@ class Config:
         seed: the key of all randomness, together with a prompt's id.
         out: the folder for what is made; in a sweep each job has a folder of its own in there.
         output: which particles become images: best | draw | all.
+        reference: a clip whose motion is wanted, for a reward that has a reference; `reference_share` of the first noise's low
+            frequencies is taken from it, see `diffsteer.start.ReferenceNoise`.
+        video: gif | mp4, the format of what pipelines of video make.
         decoder: full | tiny | tiny:PATH, what the reward sees on the way. transition: own | native. noise: eta | quadratic.
         batch: prompts at a time. chunk: rows in the network at a time, None for all, "auto" for as many as fit.
         deterministic: bits that depend neither on `batch` nor on what was done before.
         call: further arguments of the pipeline's call, such as call.height=512.
         device: None for the accelerator if there is one.
         guide: gradient guidance beside a sampler that selects, one of the samplers that guide.
+        schedule: where to put the steps, in the place of the model's own grid; or in numbers, `sigmas` or `timesteps`.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     sampler: Any = MISSING
     reward: Any = MISSING
     guide: Any = MISSING
+    schedule: Any = MISSING
+    sigmas: Any = None
+    timesteps: Any = None
     prompt: str | None = None
     prompts: str | None = None
     negative_prompt: str | None = None
@@ -71,6 +79,9 @@ class Config:
     seed: int = 0
     out: str = MISSING
     output: str = "best"
+    reference: str | None = None
+    reference_share: float = 0.5
+    video: str = "gif"
     decoder: str = "full"
     transition: str = "own"
     noise: str = "eta"
@@ -79,6 +90,35 @@ class Config:
     deterministic: bool = False
     call: dict[str, Any] = field(default_factory=dict)
     device: str | None = None
+
+
+@dataclass
+class TuneConfig:
+    """What `diffsteer tune` is told beside that.
+
+    Attributes:
+        parameters: ranges by field of the sampler: "LOW..HIGH" or [LOW, HIGH], a text with the word log or linear if wanted.
+        log: for ranges without such a word; None for a logarithmic scale wherever LOW is above 0.
+        trials: how many, in all. evaluations: the budget, None for none.
+        holdout: the reward that only looks on, by its name or as a mapping; "checker" reads the shapes world.
+        name: of the file that is written; None for the sampler's and "_tuned".
+        seeds: noises a prompt.
+    """
+
+    parameters: dict[str, Any] = field(default_factory=dict)
+    log: bool | None = None
+    trials: int = 20
+    evaluations: int | None = None
+    holdout: Any = None
+    name: str | None = None
+    seeds: int = 1
+
+
+@dataclass
+class Tuning(Config):
+    """Everything that `diffsteer tune` can be told."""
+
+    tune: TuneConfig = field(default_factory=TuneConfig)
 
 
 def schema(cls: type[Any], name: str) -> type[Any]:
@@ -97,10 +137,11 @@ def schema(cls: type[Any], name: str) -> type[Any]:
     return dataclasses.make_dataclass(cls.__name__, fields)
 
 
-def register_schemas() -> None:
-    """Tell Hydra the types of all keys. A plug-in without a YAML file of its own becomes an option of its group."""
+def register_schemas(whole: type[Config] = Config) -> None:
+    """Tell Hydra the types of all keys, `whole` being the command's. A plug-in without a YAML file of its own becomes an option
+    of its group."""
     store = ConfigStore.instance()
-    store.store(name="config", group="schema", node=Config)
+    store.store(name="config", group="schema", node=whole)
     shipped = Path(__file__).parent / "configs"
     for kind in GROUPS:
         for name, cls in registered(kind).items():
@@ -109,11 +150,14 @@ def register_schemas() -> None:
                 store.store(name=name, group=kind, node=schema(cls, name))
             if hasattr(cls, "guidance"):
                 store.store(name=name, group="guide", node=schema(cls, name))
-    store.store(name="none", group="guide", node={"name": "none"})
+    for name, cls in registered("schedule").items():
+        store.store(name=name, group="schedule", node=schema(cls, name))
+    for group in ("guide", "schedule"):
+        store.store(name="none", group=group, node={"name": "none"})
 
 
 def build(kind: str, config: DictConfig) -> Any:
-    """The sampler or the reward that a configuration names, checked against its own fields; None for `name: none`.
+    """The sampler, reward or schedule that a configuration names, checked against its own fields; None for `name: none`.
 
     Raises:
         DiffsteerError: an unknown name or key, a wrong type or value.
@@ -121,7 +165,7 @@ def build(kind: str, config: DictConfig) -> Any:
     name = config.get("name")
     if not isinstance(name, str):
         raise DiffsteerError(f"{kind}: it has no name{nearest('', registered(kind))}")
-    if kind in ("sampler", "guide") and name == "none":
+    if kind in ("sampler", "guide", "schedule") and name == "none":
         return None
     kind = "sampler" if kind == "guide" else kind
     cls = find(kind, name)
@@ -142,7 +186,7 @@ def settings(config: DictConfig, **more: Any) -> tuple[dict[str, Any], str]:
     values = OmegaConf.to_container(config, resolve=True)
     assert isinstance(values, dict)
     left_out = _WITHOUT_EFFECT if config.deterministic else (*_WITHOUT_EFFECT, "chunk")
-    named = {key: values[key] for key in ("model", "reward", "decoder") if config.get(key) is not None}
+    named = {key: values[key] for key in ("model", "reward", "decoder", "reference") if config.get(key) is not None}
     files = fingerprints(named, Path(config.out))
     kept = {str(k): v for k, v in values.items() if k not in left_out} | {"version": __version__, "files": files} | more
     return kept, hashlib.sha256(json.dumps(kept, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
@@ -166,15 +210,15 @@ def for_hydra(argv: list[str]) -> list[str]:
             rewritten.append(arg)
         elif equals and not key.strip("+~"):
             raise DiffsteerError(f"{arg!r} has no key: wanted key=value")
-        elif equals and (key == "call" or key.startswith("call.")):
-            rewritten.append(f"++{arg}")  # any key may stand there
+        elif equals and (key in OPEN or key.startswith(tuple(f"{o}." for o in OPEN))):
+            rewritten.append(f"++{arg}")
         elif equals and key == "prompts" and not value:
             raise DiffsteerError("prompts= names no file")
         elif equals and key == "out" and not value:
             raise DiffsteerError("out= names no folder")
         elif equals and key.lstrip("+") in VERBATIM:
             rewritten.append(f"{key}={quoted(value)}")
-        elif equals and key in ("model", "sampler", "reward", "guide") and value in ("", "null"):
+        elif equals and key in ("model", "sampler", "reward", "guide", "schedule") and value in ("", "null"):
             raise DiffsteerError(f"{key}={value} is no option{nearest(value, _options(key))}")
         elif equals and key == "model" and _is_path(value, argv):
             rewritten += ["model=path", f"model.path={quoted(value)}"]
@@ -200,7 +244,7 @@ def _names_a_file(value: str) -> bool:
 
 def _options(group: str) -> list[str]:
     shipped = [f.stem for f in (Path(__file__).parent / "configs" / group).glob("*.yaml")]
-    return sorted({*shipped, *(registered(group) if group in GROUPS else ())})
+    return sorted({*shipped, *(registered(group) if group in (*GROUPS, "schedule") else ())})
 
 
 def quoted(text: str) -> str:

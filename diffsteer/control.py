@@ -9,6 +9,7 @@ from torch import Tensor
 from diffsteer import rng
 from diffsteer.algebra import NOISES, Level
 from diffsteer.particles import reindex
+from diffsteer.schedules import Schedule
 from diffsteer.types import DiffsteerError, UnsupportedError
 
 
@@ -29,6 +30,7 @@ class Control:
         eta: the amount of noise of the transition; 0 or None is the user's own `step`.
         noise_kind: what `eta` is a share of.
         native: the user's own `step`, with noise keyed by `native_options`.
+        schedule: walked in the place of the user's own grid.
         start, stop: the part of the grid that is walked; `pipe`, where there is one, is told of it by its `_interrupt`, if its
             loop looks at that (`interrupts`). skipped: of the grid, by a pipeline that starts in its middle.
         unit_noise: the first states are scaled already.
@@ -42,6 +44,7 @@ class Control:
     eta: float | None = None
     noise_kind: str = "eta"
     native: bool = False
+    schedule: Schedule | None = None
     start: int = 0
     stop: int | None = None
     pipe: Any = None
@@ -55,6 +58,11 @@ class Control:
     shifted: Level | None = None
     at: int = -1
     moved: Tensor | None = None
+
+    @property
+    def ours(self) -> bool:
+        """Is the transition diffsteer's? On a schedule always: the user's solver infers from its own grid where it is."""
+        return bool(self.eta) or self.schedule is not None
 
     def begin(self, scheduler: Any) -> None:
         """A call of the pipeline has set its grid."""
@@ -92,7 +100,7 @@ class Follower(Control):
         if leader.native:
             raise UnsupportedError("a pipeline that steps a second stream with a copy of its scheduler wants transition=own")
         self.leader = leader
-        for name in ("eta", "noise_kind", "start", "stop", "unit_noise", "doubled", "experts"):
+        for name in ("eta", "noise_kind", "schedule", "start", "stop", "unit_noise", "doubled", "experts"):
             setattr(self, name, getattr(leader, name))
 
     def noise(self, index: int, sample: Tensor, generator: Any) -> Tensor:

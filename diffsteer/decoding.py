@@ -116,6 +116,14 @@ def video_by_image(pipe: Any, size: Size, z: Tensor) -> Tensor:
     return frames.reshape(len(z), -1, *frames.shape[1:])
 
 
+def encoded_by_image(pipe: Any, size: Size, frames: Tensor) -> Tensor:
+    """Frames (F, 3, H, W) in [0, 1] -> (1, C, F, h, w), the inverse of `video_by_image`: the means of their posteriors."""
+    vae = pipe.vae
+    x = torch.nn.functional.interpolate(frames, (size.height, size.width), mode="bilinear", antialias=True, align_corners=False)
+    z: Tensor = vae.encode((x * 2 - 1).to(vae.device, vae.dtype)).latent_dist.mean * vae.config.scaling_factor
+    return z.transpose(0, 1)[None]
+
+
 def video(pipe: Any, size: Size, z: Tensor) -> Tensor:
     """Wan: (N, C, F, h, w), normalised by channel."""
     return _video(pipe, z)

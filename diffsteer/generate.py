@@ -20,13 +20,16 @@ from diffsteer.algebra import NOISES
 from diffsteer.batch import GRID, MANIFEST, Folder, Item, as_items, generate, read_items
 from diffsteer.blocks import check_size
 from diffsteer.config import Config, as_yaml, build, settings
+from diffsteer.grids import check_schedule
 from diffsteer.guidance import guidance_of
+from diffsteer.media import as_clip, check_video
 from diffsteer.pipeline import TRANSITIONS, SteeredPipeline, check_effect, load_pipeline
 from diffsteer.registry import find, nearest
 from diffsteer.reward import Reward
 from diffsteer.run import OUTPUTS
 from diffsteer.shapes.models import MODELS, digest, is_embedded
 from diffsteer.sheet import sheet
+from diffsteer.start import NoiseTransform, ReferenceNoise
 from diffsteer.types import Context, DiffsteerError, Info, Sampler
 
 # What runs without a prompt: one caption a task of the shapes world.
@@ -37,6 +40,15 @@ CAPTIONS = (
     "a large purple square",
     "a red circle left of a blue square",
     "a yellow star and a blue ring",
+)
+# The same for clips: what holds while things move.
+CLIP_CAPTIONS = (
+    "a small star",
+    "a red circle",
+    "a large purple square",
+    "a blue ring",
+    "a green triangle",
+    "a yellow cross",
 )
 DTYPES = ("float32", "float16", "bfloat16")
 # Arguments of a call that no text stands for, or that say who is who in a batch.
@@ -56,15 +68,16 @@ def generate_folder(config: DictConfig, out: Path, shown: str) -> None:
     demo = check(config)
     items = _items(config)
     sampler = build("sampler", config.sampler)
-    reward = None if OmegaConf.is_missing(config, "reward") else build("reward", config.reward)
+    reward, start = rewarded(config)
     guide = build("guide", config.guide)
     guidance_of(guide, sampler)
+    check_schedule(build("schedule", config.schedule), sampler is not None, config.transition)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     own = {"weights": digest(config.model.path)} if config.model.path in MODELS else {}
     told, digested = settings(config, device=device.partition(":")[0], **own)
 
     def made(path: Path, method: Sampler | None) -> tuple[Folder, Sampler | None]:
-        return Folder(path, items, digested, texts=partial(_texts, config, told, method, reward)), method
+        return Folder(path, items, digested, texts=partial(_texts, config, told, method, reward), video=config.video), method
 
     runs = {"steered" if sampler else PLAIN: made(out, sampler)}
     folder = runs["steered" if sampler else PLAIN][0]
@@ -77,13 +90,35 @@ def generate_folder(config: DictConfig, out: Path, shown: str) -> None:
     if pipe is not None and reward is not None:  # a prompt that cannot be scored is refused before any other is done
         reward.prepare([item.prompt for item in folder.missing], Context(embedded=is_embedded(pipe)))
     for f, method in runs.values():
-        _fill(f, config, pipe, method, reward, guide if method is sampler else None)
+        steers = method is sampler  # the other of a demonstration is plain
+        _fill(f, config, pipe, method, reward, guide if steers else None, start if steers else None)
     if demo:
         _show_demo({name: f for name, (f, _) in runs.items()})
     before = f"; {kept} of them were there already" if kept else ""
     kind = Path(folder.entries[items[0].id]["image"]).parts[0].removesuffix("s")
     sheets = f", {GRID}" if kind != "sound" else ""
     print(f"{len(items)} {kind}{'s' * (len(items) > 1)}{sheets} and {MANIFEST} in {shown}{before}")
+
+
+def rewarded(config: DictConfig) -> tuple[Reward | None, NoiseTransform | None]:
+    """The reward that a configuration names, told of the reference, and what that does to the first noise.
+
+    Raises:
+        DiffsteerError: what `build` refuses; a reference that nothing would read.
+    """
+    if OmegaConf.is_missing(config, "reward"):
+        return None, None
+    told = config.reward.copy()
+    if config.reference is not None:
+        takes = "reference" in {f.name for f in fields(find("reward", str(told.get("name"))))}
+        if takes and told.get("reference") is None:
+            told.reference = config.reference
+        if not takes and config.reference_share == 0:
+            raise DiffsteerError(f"reference= has no effect: the reward {told.get('name')} has none, and reference_share is 0")
+    reward = build("reward", told)
+    if config.reference is None or config.reference_share == 0:
+        return reward, None
+    return reward, ReferenceNoise(as_clip(config.reference), config.reference_share)
 
 
 def check(config: DictConfig, prompted: bool = False) -> bool:
@@ -104,6 +139,7 @@ def check(config: DictConfig, prompted: bool = False) -> bool:
         value = OmegaConf.select(config, key)
         if value not in allowed:
             raise DiffsteerError(f"{key}={value} is unknown{nearest(str(value), allowed)}")
+    check_video(config.video)
     if not 0 <= config.seed < 2**63:
         raise DiffsteerError(f"seed={config.seed}; it lies in [0, 2^63)")
     if config.device is not None:
@@ -132,6 +168,10 @@ def check(config: DictConfig, prompted: bool = False) -> bool:
         if key in valid or key in _NOT_HERE:
             instead = f": give {key}=" if key in valid else " on the command line"
             raise DiffsteerError(f"call.{key} cannot be given{instead}")
+    for key in ("sigmas", "timesteps"):
+        values = config[key]
+        if values is not None and not (isinstance(values, ListConfig) and all(type(v) in (int, float) for v in values)):
+            raise DiffsteerError(f"{key}={values}; wanted numbers that fall, such as {key}=[...]")
     demo = config.prompt is None and config.prompts is None
     if demo and not prompted and config.model.path not in MODELS:
         raise DiffsteerError(f"model={config.model.path} needs prompts: give prompt=TEXT or prompts=FILE")
@@ -142,7 +182,8 @@ def _items(config: DictConfig) -> list[Item]:
     if config.prompts is not None:
         items = read_items(config.prompts)
     else:
-        items = as_items(CAPTIONS if config.prompt is None else [config.prompt])
+        captions = CLIP_CAPTIONS if config.model.path == "shapes-motion" else CAPTIONS
+        items = as_items(captions if config.prompt is None else [config.prompt])
     for item in items:
         try:
             f"{item.id}{item.prompt}".encode()
@@ -187,7 +228,15 @@ def _load(config: DictConfig, device: str) -> Any:
     return pipe.to(device, getattr(torch, config.model.dtype))
 
 
-def _fill(folder: Folder, config: DictConfig, pipe: Any, sampler: Sampler | None, reward: Any, guide: Sampler | None) -> None:
+def _fill(
+    folder: Folder,
+    config: DictConfig,
+    pipe: Any,
+    sampler: Sampler | None,
+    reward: Any,
+    guide: Sampler | None,
+    start: NoiseTransform | None = None,
+) -> None:
     """One folder: the estimate, then the work with a progress bar."""
     from diffsteer.pipes import check_call
 
@@ -195,11 +244,13 @@ def _fill(folder: Folder, config: DictConfig, pipe: Any, sampler: Sampler | None
         folder.finish()
         return
     names = ("output", "decoder", "transition", "noise", "chunk", "deterministic")
-    steered = SteeredPipeline(pipe, sampler, reward, guide=guide, **{name: config[name] for name in names})
+    objects = {"guide": guide, "start": start, "schedule": build("schedule", config.schedule)}
+    steered = SteeredPipeline(pipe, sampler, reward, **objects, **{name: config[name] for name in names})
     prompts, particles = len(folder.missing), sampler.particles if sampler else 1
     call: dict[str, Any] = OmegaConf.to_container(config.call, resolve=True)  # type: ignore[assignment]
     check_call(pipe, call)
     call |= {} if config.guidance_scale is None else {"guidance_scale": config.guidance_scale}
+    call |= {name: list(config[name]) for name in ("sigmas", "timesteps") if config[name] is not None}
     cost = steered.estimate(prompts, config.num_inference_steps, negative_prompt=config.negative_prompt, **call)
     tiny = f" and {cost.tiny_decodes} tiny ones" if cost.tiny_decodes else ""
     back = f", {cost.backwards} of them backwards" if cost.backwards else ""
@@ -250,4 +301,4 @@ def _show_demo(folders: dict[str, Folder]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print()
     rows = [[f.path / f.entries[item.id]["image"] for item in f.items] for f in folders.values()]
-    sheet(rows, CAPTIONS, last.path / GRID)
+    sheet(rows, [item.prompt for item in last.items], last.path / GRID)

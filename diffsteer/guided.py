@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from diffsteer.guidance import Guidance, Moments, Scale, gradient_of, refuse_fla
 from diffsteer.reward import Reward
 from diffsteer.selection import Selection
 from diffsteer.session import Arrival, Session
+from diffsteer.tapped import tapped
 from diffsteer.types import Context, DiffsteerError, UnsupportedError
 
 
@@ -40,6 +42,7 @@ class GuidedWalk:
             raise DiffsteerError("guidance: weighted particles want transition=own, whose noise is known")
         self.session, self.guidance, self.reward, self.prompts = session, guidance, reward, list(prompts)
         self.weighed, self.shares = weighed, guidance.shares(session.levels)
+        self.tapped = tapped(session, reward) if guidance.network > 0 else None
         self.moments = {"clean": Moments(), "network": Moments()} if guidance.normaliser == "adam" else {}
         self.guided = self.skipped = 0
 
@@ -104,13 +107,18 @@ class GuidedWalk:
         at, moved = session.levels[k], torch.zeros_like(x, dtype=torch.float32)
         if guidance.network > 0:
             values: list[Tensor] = []
+            read = self.tapped
+            wanted = read.reference(k) if read else {}
+            with session.tapping(read.reward.taps) if read else nullcontext({}) as features:
 
-            def objective(x0: Tensor, rows: list[int]) -> Tensor:
-                found = self._smoothed(x0, rows, k)
-                values.append(found.detach())
-                return found
+                def objective(x0: Tensor, rows: list[int]) -> Tensor:
+                    if read:
+                        session.ledger.reward_calls += len(rows)
+                    found = read.score(features, wanted, rows) if read else self._smoothed(x0, rows, k)
+                    values.append(found.detach())
+                    return found
 
-            gradient, arrival = session.gradient(x, k, objective)
+                gradient, arrival = session.gradient(x, k, objective)
             session.ledger.backwards += len(x)
             moved = moved + self._update("network", gradient, x, arrival.x0, at, torch.cat(values), share * guidance.network)
         else:

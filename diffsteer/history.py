@@ -21,13 +21,13 @@ class History:
             or our own transition steps.
     """
 
-    def __init__(self, scheduler: Any, native: bool, eta: float) -> None:
+    def __init__(self, scheduler: Any, native: bool, ours: bool) -> None:
         self.name = type(scheduler).__name__
         self.of_rows: tuple[str, ...] = ()
         self.of_all: tuple[str, ...] = ()
         if native:
             self.of_rows, self.of_all = native_state(scheduler), ("lower_order_nums",)
-        elif not eta:
+        elif not ours:
             self.of_rows, self.of_all = cut_state(scheduler) or ((), ())
         self._rows: dict[tuple[int, int], list[Any]] = {}  # by row and index
         self._all: dict[int, dict[str, Any]] = {}  # by index

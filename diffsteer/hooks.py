@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsteer.ledger import Ledger
-from diffsteer.types import UnsupportedError
+from diffsteer.types import DiffsteerError, UnsupportedError, nearest
 
 _active: ContextVar[Watch | None] = ContextVar("diffsteer_watch", default=None)
 
@@ -83,6 +83,30 @@ def watching(watch: Watch, *denoisers: nn.Module) -> Iterator[Watch]:
         _active.reset(token)
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def tapping(denoiser: nn.Module, names: Sequence[str], found: dict[str, Tensor]) -> Iterator[None]:
+    """Put the outputs of the named modules into `found`, their graphs included, at every forward inside the block.
+
+    Raises:
+        DiffsteerError: a module that the denoiser has not.
+    """
+    known = dict(denoiser.named_modules())
+    for name in names:
+        if name not in known:
+            near = nearest(name, [n for n in known if n.count(".") <= 1 and n])
+            raise DiffsteerError(f"{type(denoiser).__name__} has no module {name!r}{near}")
+
+    def keep(name: str, output: Any) -> None:
+        found[name] = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+
+    hooks = [known[n].register_forward_hook(lambda module, args, output, n=n: keep(n, output)) for n in names]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def guidance_parts(outputs: list[Tensor], mixed: Tensor, scale: float, tolerance: float = 1e-4) -> tuple[Tensor, Tensor]:

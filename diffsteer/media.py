@@ -1,15 +1,21 @@
-"""What a run makes, as files: pictures are PNG, videos (lists of their frames) GIF, sounds WAV."""
+"""What a run makes, as files: pictures are PNG, videos (lists of their frames) GIF or MP4, sounds WAV; and clips read back."""
 
 from __future__ import annotations
 
 import wave
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
+from PIL import Image, ImageSequence, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from diffsteer.types import DiffsteerError
+
+VIDEOS = ("gif", "mp4")
 FRAME_MS = 125  # of a GIF: what most models of short clips were trained on, 8 frames a second
 
 
@@ -20,18 +26,22 @@ class Sound(NamedTuple):
     rate: int
 
 
-def kind(made: Any) -> tuple[str, str]:
-    """What something made is, in the plural, and how the names of such files end."""
+def kind(made: Any, video: str = "gif") -> tuple[str, str]:
+    """What something made is, in the plural, and how the names of such files end; those of videos are of the given format."""
     if isinstance(made, Sound):
         return "sounds", ".wav"
-    return ("videos", ".gif") if isinstance(made, list) else ("images", ".png")
+    return ("videos", f".{video}") if isinstance(made, list) else ("images", ".png")
 
 
 def save(made: Any, path: Path, texts: Mapping[str, str] | None = None) -> None:
-    """Write a picture, a video or a sound; a WAV has 16 bits.
+    """Write a picture, a video or a sound; a WAV has 16 bits, an MP4 H.264.
 
     Args:
+        path: a video's ending, .mp4 or another, says its format; ``.part`` after it does not count.
         texts: written into a picture's metadata.
+
+    Raises:
+        DiffsteerError: an MP4 without PyAV.
     """
     if isinstance(made, Sound):
         with wave.open(str(path), "wb") as file:
@@ -40,6 +50,8 @@ def save(made: Any, path: Path, texts: Mapping[str, str] | None = None) -> None:
             file.setframerate(made.rate)
             pcm = (made.samples.detach().cpu().clamp(-1, 1) * 32767).round().short()
             file.writeframes(pcm.T.contiguous().numpy().tobytes())
+    elif isinstance(made, list) and path.name.removesuffix(".part").endswith(".mp4"):
+        _save_mp4(made, path)
     elif isinstance(made, list):
         made[0].save(path, format="GIF", save_all=True, append_images=made[1:], duration=FRAME_MS, loop=0)
     else:
@@ -47,3 +59,78 @@ def save(made: Any, path: Path, texts: Mapping[str, str] | None = None) -> None:
         for key, text in (texts or {}).items():
             info.add_text(key, text)
         made.save(path, format="PNG", pnginfo=info)
+
+
+def check_video(video: str) -> None:
+    """Refuse a format that cannot be written.
+
+    Raises:
+        DiffsteerError: an unknown one, or one whose package is missing.
+    """
+    if video not in VIDEOS:
+        raise DiffsteerError(f"video={video!r} is unknown; valid: {', '.join(VIDEOS)}")
+    if video == "mp4":
+        _av()
+
+
+def read_clip(path: str | Path) -> list[Image.Image]:
+    """The frames of a clip, RGB: a GIF or another animated picture, a video (with PyAV), or a folder of pictures in order.
+
+    Raises:
+        DiffsteerError: nothing there, or nothing that can be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        frames = [Image.open(p).convert("RGB") for p in sorted(path.iterdir()) if p.suffix.lower() in (".png", ".jpg", ".webp")]
+    elif not path.is_file():
+        raise DiffsteerError(f"{path}: there is no such clip")
+    else:
+        try:
+            with Image.open(path) as picture:
+                frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(picture)]
+        except UnidentifiedImageError:
+            frames = _read_video(path)
+    if len(frames) < 2:
+        raise DiffsteerError(f"{path}: a clip has at least 2 frames, and this has {len(frames)}")
+    return frames
+
+
+def as_clip(clip: Any) -> Tensor:
+    """A clip as (F, 3, H, W) in [0, 1]: from a file, a folder, PIL images, or a tensor."""
+    if isinstance(clip, Tensor):
+        if clip.ndim != 4 or clip.shape[1] != 3:
+            raise DiffsteerError(f"a clip is a tensor (F, 3, H, W) in [0, 1], not {tuple(clip.shape)}")
+        return clip.float()
+    frames = clip if isinstance(clip, (list, tuple)) else read_clip(clip)
+    arrays = np.stack([np.asarray(f.convert("RGB")) for f in frames])
+    return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255
+
+
+def _av() -> Any:
+    try:
+        import av
+    except ImportError:
+        raise DiffsteerError("MP4 needs PyAV: pip install 'diffsteer[video]', or take GIF") from None
+    return av
+
+
+def _read_video(path: Path) -> list[Image.Image]:
+    av = _av()
+    try:
+        with av.open(str(path)) as file:
+            return [frame.to_image() for frame in file.decode(video=0)]
+    except (av.FFmpegError, IndexError) as error:
+        raise DiffsteerError(f"{path}: it is no clip that can be read ({error})") from error
+
+
+def _save_mp4(frames: Sequence[Image.Image], path: Path) -> None:
+    """4:2:0 wants even sides: an odd one loses its last line."""
+    av = _av()
+    with av.open(str(path), "w", format="mp4") as file:
+        stream = file.add_stream("libx264", rate=1000 // FRAME_MS)
+        stream.width, stream.height = (side // 2 * 2 for side in frames[0].size)
+        stream.pix_fmt, stream.options = "yuv420p", {"crf": "12"}
+        for frame in frames:
+            cut = np.asarray(frame.convert("RGB"))[: stream.height, : stream.width]
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(cut), format="rgb24")))
+        file.mux(stream.encode())

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,12 +17,15 @@ from diffsteer.algebra import Level
 from diffsteer.blocks import Blocks, Size, check_size
 from diffsteer.callable import CallableModel, CallableSession
 from diffsteer.control import check_noise
+from diffsteer.grids import check_schedule, explicit
 from diffsteer.guidance import guidance_of
 from diffsteer.ledger import Ledger
+from diffsteer.loading import load_pipeline as load_pipeline
 from diffsteer.reward import Reward, RewardFunction, as_reward, check_gradient, prepare
 from diffsteer.run import OUTPUTS, SteeredOutput, estimate, run
+from diffsteer.schedules import Given, Schedule, as_schedule
 from diffsteer.selection import Scorer, check_inputs
-from diffsteer.shapes.models import MODELS
+from diffsteer.start import NoiseTransform
 from diffsteer.types import Context, DiffsteerError, Info, Sampler, Trace, UnsupportedError, check_numbers
 
 if TYPE_CHECKING:
@@ -31,35 +33,6 @@ if TYPE_CHECKING:
 
 DECODERS = ("full", "tiny", "none")
 TRANSITIONS = ("own", "native")
-
-
-def load_pipeline(name: str | Path = "shapes", **kwargs: Any) -> Any:
-    """Load a pipeline: "shapes" (a miniature Stable Diffusion) and "shapes-flow" (the same, of rectified flow) ship with
-    diffsteer; anything else is a folder or a hub id.
-
-    Keyword arguments go to `DiffusionPipeline.from_pretrained` (torch_dtype, revision, ...).
-
-    Raises:
-        DiffsteerError: nothing can be loaded from there.
-    """
-    from diffusers import DiffusionPipeline
-
-    from diffsteer.embedded import load_embedded
-
-    if name in MODELS:
-        return load_embedded(str(name), **kwargs)
-    try:
-        fetching = {
-            k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "local_files_only", "force_download")
-        }
-        index = DiffusionPipeline.load_config(name, **fetching)
-        # what was saved as missing: some pipelines (a Stable Diffusion 3 without its T5) want to be told so
-        absent = {part: None for part, kind in index.items() if kind == [None, None]}
-        return DiffusionPipeline.from_pretrained(name, **absent | kwargs)
-    except (OSError, ValueError) as error:
-        embedded = ", ".join(MODELS)
-        first = str(error).strip().split("\n")[0]
-        raise DiffsteerError(f"no pipeline could be loaded from {str(name)!r} ({first}); embedded: {embedded}") from error
 
 
 def check_effect(transition: str, noise: str, steered: bool) -> None:
@@ -95,6 +68,9 @@ class SteeredPipeline:
         deterministic: bits that depend neither on the number of prompts nor on what else runs; see `Session`.
         guide: gradient guidance on the way, a `Guidance` or a method that has one (`MPGD()`), beside a sampler that selects.
             Weighted particles keep their target: their weights know what was moved.
+        start: what is done to the first noise, such as `diffsteer.start.ReferenceNoise`.
+        schedule: where to put the steps, of `diffsteer.schedules` or falling ratios sigma / alpha, in the place of the
+            pipeline's own grid. All steps are then diffsteer's transition, with eta = 0 too (first order).
     """
 
     def __init__(
@@ -112,6 +88,8 @@ class SteeredPipeline:
         transition: str = "own",
         noise: str = "eta",
         guide: Any = None,
+        start: NoiseTransform | None = None,
+        schedule: Schedule | Sequence[float] | None = None,
     ) -> None:
         check_noise(noise)
         if transition not in TRANSITIONS:
@@ -133,8 +111,12 @@ class SteeredPipeline:
         self.reward = None if reward is None else as_reward(reward, seen)
         self.choice = None if choice is None else as_reward(choice, seen)
         check_size(chunk, deterministic)
+        self.schedule = as_schedule(schedule)
+        check_schedule(self.schedule, sampler is not None, transition)
         self.transition, self.noise = transition, noise
-        self.guide = guidance_of(guide, sampler)
+        self.guide, self.start = guidance_of(guide, sampler), start
+        if start is not None and sampler is None:
+            raise DiffsteerError("start= wants a sampler, whose noise is keyed: BestOfN(1, eta=0) is the plain chain")
         self.chunk, self.deterministic, self.experts = chunk, deterministic, tuple(experts)
         if self.reward is not None and (self.guide is not None or (sampler is not None and sampler.needs_grad)):
             check_gradient(self.reward)
@@ -182,6 +164,9 @@ class SteeredPipeline:
             raise DiffsteerError(f"{len(asked)} reward_prompts for {len(prompts)} prompts; give one each")
         if seed is not None and generator is not None:
             raise DiffsteerError("give seed= or generator=, not both")
+        schedule, call = explicit(self.pipe, self.schedule, call, self.sampler is not None, self.transition)
+        if isinstance(schedule, Given) and num_inference_steps is None:
+            num_inference_steps = len(schedule.values)
         given = {"num_inference_steps": num_inference_steps, "seed": seed}
         check_numbers("", {name: value for name, value in given.items() if value is not None})
         if num_inference_steps is not None and num_inference_steps < 1:
@@ -202,6 +187,7 @@ class SteeredPipeline:
             "deterministic": self.deterministic,
             "experts": self.experts,
             "noise": self.noise,
+            "schedule": schedule,
         }
         if isinstance(self.pipe, CallableModel):
             if call or negative_prompt is not None or latents is not None:
@@ -223,6 +209,7 @@ class SteeredPipeline:
             latents=latents,
             decoder=self.decoder,
             transition=self.transition,
+            start=self.start,
             call=call,
             **options,
             **keys,
@@ -247,6 +234,9 @@ class SteeredPipeline:
                 without it they stay empty.
         """
         facts: dict[str, Any] = {}
+        schedule, call = explicit(self.pipe, self.schedule, call, self.sampler is not None, self.transition)
+        if isinstance(schedule, Given) and num_inference_steps is None:
+            num_inference_steps = len(schedule.values)
         guided, steps, size = False, num_inference_steps or 50, Blocks(self.chunk).size
         levels: list[Level] = []
         if not isinstance(self.pipe, CallableModel):
@@ -260,7 +250,7 @@ class SteeredPipeline:
             guided = is_guided(self.pipe, known)
             asked = num_inference_steps or known.get("num_inference_steps")
             eta = None if self.sampler is None or self.transition == "native" else self.sampler.eta
-            steps, levels = grid_of(self.pipe, asked, known, eta)
+            steps, levels = grid_of(self.pipe, asked, known, eta, schedule)
             facts["further"] = skipped_steps(self.pipe, steps, known)
             if family.entry == "step" and self.sampler is not None:
                 cut = self.deterministic or (size is not None and size < prompts * self.sampler.particles)
@@ -276,14 +266,17 @@ class SteeredPipeline:
             chunk=None if self.sampler is None else 8 if self.deterministic and self.chunk is None else size,
             experts=len(self.experts),
             tiny=self.decoder.startswith("tiny"),
+            tapped=self.reward is not None and bool(self.reward.taps),
             guide=self.guide,
-            levels=self.pipe.grid(steps)[1] if isinstance(self.pipe, CallableModel) else levels,
+            levels=self.pipe.grid(steps, schedule)[1] if isinstance(self.pipe, CallableModel) else levels,
             **facts,
         )
         if rehearse is not None:
             particles = self.sampler.particles if self.sampler else 1
             together = prompts if size is None else min(prompts, math.ceil(size / particles))
-            tried = self([rehearse] * together, num_inference_steps=2, seed=0, **call).ledger
+            shorter = copy.copy(self)
+            shorter.schedule = None
+            tried = shorter([rehearse] * together, num_inference_steps=2, seed=0, **call).ledger
             for stage, count in (("denoiser", "evaluations"), ("decode", "decodes"), ("reward", "reward_calls")):
                 if tried.counts[count]:
                     said.seconds[stage] = tried.seconds[stage] / tried.counts[count] * said.counts[count]

@@ -190,6 +190,38 @@ def is_offloaded(module: torch.nn.Module) -> bool:
     return any(r is not None and r.get_hook("group_offloading") is not None for r in registries)
 
 
+def refuse_counted(pipe: Any, call: dict[str, Any], instead: str) -> None:
+    """Refuse to run a part of the grid with arguments that take effect by the loop's own count of steps.
+
+    Raises:
+        UnsupportedError: with the argument, and what it runs instead.
+    """
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    for name in check_pipeline(pipe).by_index:
+        default = parameters[name].default if name in parameters else None
+        if call.get(name, default) != default:
+            raise UnsupportedError(
+                f"{type(pipe).__name__} counts the steps of its call for {name}, so that it runs from {instead}: "
+                f"leave {name} out"
+            )
+
+
+def refuse_graph(pipe: Any, modules: Sequence[torch.nn.Module]) -> None:
+    """Refuse gradients through a class that cannot be cut, or through modules whose weights are moved away.
+
+    Raises:
+        UnsupportedError: with the reason.
+    """
+    name, family = type(pipe).__name__, check_pipeline(pipe)
+    if family.no_reentry:
+        raise UnsupportedError(f"{name} gives no gradients: {family.no_reentry}")
+    if any(is_offloaded(m) for m in modules):
+        raise UnsupportedError(
+            f"{name} is offloaded, which moves weights away before the backward pass needs them: for gradients load it "
+            "without enable_model_cpu_offload, enable_sequential_cpu_offload or enable_group_offload"
+        )
+
+
 def refuse_caches(pipe: Any) -> None:
     """Refuse what is remembered by row, where rows are about to be permuted on the way.
 

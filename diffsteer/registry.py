@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
-from collections.abc import Iterable
 from importlib.metadata import entry_points
 from typing import Any
 
 from diffsteer.types import DiffsteerError
+from diffsteer.types import nearest as nearest
 
 KINDS = {"sampler": "diffsteer.samplers", "reward": "diffsteer.rewards", "schedule": "diffsteer.schedules"}
 
@@ -43,10 +42,3 @@ def find(kind: str, name: str) -> type[Any]:
     if name not in known:
         raise DiffsteerError(f"unknown {kind} {name!r}{nearest(name, known)}")
     return known[name]
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """How a message about a wrong name ends: ``; did you mean 'x'? valid: x, y``."""
-    valid = sorted(valid)
-    near = difflib.get_close_matches(name, valid, 1, 0.5)
-    return (f"; did you mean {near[0]!r}?" if near else ";") + f" valid: {', '.join(valid)}"

@@ -19,11 +19,13 @@ class Reward:
     Attributes:
         name: as in the registry.
         input: "pixels", (N, 3, H, W) in [0, 1], or "latents", what the model denoises (with ``decoder="none"``).
-        modality: "image": it scores a video by the mean over its frames, and refuses sound. "any": it is shown what there is.
+        modality: "image": it scores a video by the mean over its frames, and refuses sound. "video": clips alone. "any": it
+            is shown what there is.
         range: what scores lie between.
         higher_is_better: always so; a quantity to be lowered is scored by its negative.
         differentiable: autograd reaches the samples. deterministic: equal samples get equal scores.
         needs_prompt: the score depends on the prompt.
+        taps: modules of the denoiser whose outputs `score_features` reads where guidance goes through the network.
         licence, weights: of the network that it loads, and where that comes from; None without one.
     """
 
@@ -37,6 +39,7 @@ class Reward:
     needs_prompt: ClassVar[bool] = False
     licence: ClassVar[str | None] = None
     weights: ClassVar[str | None] = None
+    taps: tuple[str, ...] = ()
 
     def prepare(self, prompts: Sequence[str], ctx: Context) -> None:
         """Called once before a run: load what is needed, refuse prompts that cannot be scored (`DiffsteerError`)."""
@@ -53,14 +56,14 @@ class Reward:
         return self.score(samples.flatten(0, 1), [p for p in prompts for _ in range(frames)], ctx).view(-1, frames).mean(1)
 
     def __add__(self, other: Reward | RewardFunction) -> Reward:
-        return WeightedSum([*_terms(self), *_terms(as_reward(other, self.input))])
+        return WeightedSum([*terms_of(self), *terms_of(as_reward(other, self.input))])
 
     def __radd__(self, other: Any) -> Reward:
         starts_a_sum = isinstance(other, int) and other == 0
         return self if starts_a_sum else as_reward(other, self.input) + self
 
     def __mul__(self, weight: float) -> Reward:
-        return WeightedSum([(weight * w, r) for w, r in _terms(self)])
+        return WeightedSum([(weight * w, r) for w, r in terms_of(self)])
 
     __rmul__ = __mul__
 
@@ -140,15 +143,16 @@ def check_gradient(reward: Reward) -> None:
     Raises:
         DiffsteerError: with its name.
     """
-    for _, term in _terms(reward):
+    for _, term in terms_of(reward):
         if not term.differentiable and not isinstance(term, FunctionReward):
             raise DiffsteerError(f"guidance follows the gradient of the reward, and {term.name} has none: take one that has")
 
 
 def scores_images(reward: Reward) -> bool:
     """Is it, or one of the terms of a sum, a reward of images alone?"""
-    return any(r.modality == "image" and r.input == "pixels" for _, r in _terms(reward))
+    return any(r.modality == "image" and r.input == "pixels" for _, r in terms_of(reward))
 
 
-def _terms(reward: Reward) -> list[tuple[float, Reward]]:
+def terms_of(reward: Reward) -> list[tuple[float, Reward]]:
+    """A sum's rewards with their weights; of any other itself."""
     return reward.terms if isinstance(reward, WeightedSum) else [(1.0, reward)]

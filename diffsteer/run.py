@@ -55,12 +55,12 @@ class SteeredOutput:
     trace: Trace
     ledger: Ledger
 
-    def save(self, folder: str | Path) -> Path:
-        """Write images (or videos, or sounds), weights and trace into a folder (made if missing), and return it."""
+    def save(self, folder: str | Path, video: str = "gif") -> Path:
+        """Write images (or videos, as GIF or MP4, or sounds), weights and trace into a folder (made if missing); return it."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for i, made in enumerate(self.images or []):
-            media.save(made, folder / f"{i:03d}{media.kind(made)[1]}")
+            media.save(made, folder / f"{i:03d}{media.kind(made, video)[1]}")
         torch.save({"samples": self.samples, "latents": self.latents, "log_weights": self.log_weights}, folder / "particles.pt")
         record = {
             "prompts": self.prompts,
@@ -109,6 +109,7 @@ def estimate(
     guide: Guidance | None = None,
     levels: Sequence[Level] | None = None,
     enters: bool = False,
+    tapped: bool = False,
 ) -> Ledger:
     """The counts that a run will have, before it runs: equal to what it then counts, the padding of blocks aside.
 
@@ -122,28 +123,31 @@ def estimate(
         further: steps at which every row is evaluated once more.
         guide: gradient guidance beside the sampler's own, if it has any. levels: of the grid; without them all are guided.
         enters: `entered` holds for guided segments, too.
+        tapped: guidance through the network reads its features, and evaluates a row a prompt for the reference's.
     """
     rows, events = (prompts, 1) if sampler is None else (prompts * sampler.particles, len(sampler.schedule(steps)))
     guide = guide or getattr(sampler, "guidance", None)
     timing = timing_of(sampler, guide)
     if timing is not None:
         steps, entered = timing.evaluations(steps) + steps * timing.calibrates, 0
-    visits = looks = 0
+    visits = looks = features = 0
     if guide is not None:
         moved = steps - 1 if sampler is not None and sampler.exact else steps  # without noise no weight could know
         on = max(guide.clean, guide.network) > 0
         guides = [on and (guide.guides(k, levels[k]) if levels else k % guide.every == 0) for k in range(moved)]
         visits = sum(guides) * guide.recurrence
         looks = rows * visits * guide.draws * ((guide.network > 0) + (guide.clean > 0) * guide.iterations)
+        features = visits * rows * guide.draws if tapped and guide.network > 0 else 0  # rewards without a decode
         if enters and sampler is not None:
             entered = pieces(guides, guide.recurrence, sampler.schedule(steps))
         steps += visits - sum(guides)
     steps += entered
+    read = visits if features else 0
     return Ledger(
-        evaluations=rows * (steps * (1 + guided) + further) * experts,
-        forwards=(steps * (1 + (guided and apart)) + further) * math.ceil(rows / (chunk or rows)),
+        evaluations=(rows * (steps * (1 + guided) + further) + read * prompts * (1 + guided)) * experts,
+        forwards=(steps * (1 + (guided and apart)) + further) * math.ceil(rows / (chunk or rows)) + read * prompts,
         backwards=rows * visits if guide is not None and guide.network > 0 else 0,
-        decodes=rows * (1 if tiny else events) + looks if decoded else 0,
+        decodes=rows * (1 if tiny else events) + looks - features if decoded else 0,
         tiny_decodes=rows * (events - 1) if decoded and tiny else 0,
         reward_calls=rows * (events * (rewards > 0) + (rewards > 1)) + looks,
     )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffsteer.algebra import Level, mixed, noise_std, to_clean, transition
 from diffsteer.control import Control, Follower, Left
+from diffsteer.grids import ended, walk
 from diffsteer.levels import (
     cut_state,
     drop_repeats,
@@ -86,11 +87,15 @@ class SteeringMixin:
         super().set_timesteps(*args, **kwargs)  # type: ignore[misc]
         control = self._control
         self.levels = []
-        if control.eta:
+        if control.ours:
             drop_repeats(self)
-        if control.eta or control.native or (control.eta == 0 and cut_state(self) and prediction_of(self)):
+        if control.schedule is not None:
+            walk(self, control.schedule)
+        if control.ours or control.native or (control.eta == 0 and cut_state(self) and prediction_of(self)):
             self.levels = scheduler_levels(self)
-        if control.eta or control.native:
+            if control.schedule is not None:
+                self.levels = ended(self.levels)
+        if control.ours or control.native:
             refuse_rising(self)
         self._grid = self.timesteps.as_subclass(Tensor)
         self._index = None  # not located yet
@@ -153,7 +158,7 @@ class SteeringMixin:
             control.entering = False
             let_in = self._for_every_row(control.enter(sample))
             return _StepOutput(let_in, let_in) if return_dict else (let_in, let_in)
-        if control.eta:
+        if control.ours:
             x0, x_next = self._transition(k, model_output, sample, control, generator)
             self._step_index = k + 1  # scale_model_input of the sigma classes reads it
         else:
@@ -260,7 +265,7 @@ def install(scheduler: Any, control: Control) -> Any:
     if issubclass(cls, SteeringMixin):
         raise UnsupportedError(f"{cls.__name__} is steered already: give the scheduler that it was made from")
     refuse_step(scheduler)
-    if control.eta:
+    if control.ours:
         refuse_transition(scheduler)
     if control.native:
         native_state(scheduler)

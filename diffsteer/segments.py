@@ -15,6 +15,7 @@ from diffsteer import rng
 from diffsteer.algebra import Level
 from diffsteer.control import Control
 from diffsteer.scheduler import install
+from diffsteer.schedules import Schedule
 from diffsteer.selection import Selection
 from diffsteer.types import UnsupportedError
 
@@ -97,6 +98,7 @@ class SegmentControl(Control):
         self.x0: Tensor = torch.empty(0)
         self.doubled, self.experts, self.native = session.family.doubled and guided, session.experts, session.native
         self.eta, self.noise_kind = None if self.native else session.eta, session.noise_kind
+        self.schedule = session.schedule
         names = {cls.__name__ for cls in type(session.user.scheduler).__mro__}
         self.takes_eta = bool(names & {"DDIMScheduler", "TCDScheduler"})
         self.interrupts = "interrupt" in inspect.unwrap(type(shadow).__call__).__code__.co_names
@@ -138,7 +140,9 @@ class SegmentControl(Control):
         return x
 
 
-def grid_of(pipe: Any, steps: int | None, call: dict[str, Any], eta: float | None) -> tuple[int, list[Level]]:
+def grid_of(
+    pipe: Any, steps: int | None, call: dict[str, Any], eta: float | None, schedule: Schedule | None = None
+) -> tuple[int, list[Level]]:
     """How many transitions a call with so many steps makes (more for solvers with inner steps, fewer for a picture's strength),
     and their levels, one more; none where the pipeline's own solver steps.
 
@@ -146,11 +150,12 @@ def grid_of(pipe: Any, steps: int | None, call: dict[str, Any], eta: float | Non
         steps: None is the default of the pipeline.
         call: the pipeline's own arguments.
         eta: of diffsteer's transition, which takes no inner steps; None or 0 for the user's own solver.
+        schedule: walked in the place of the pipeline's own grid.
     """
     parameters = inspect.signature(type(pipe).__call__).parameters
     steps = int(parameters["num_inference_steps"].default if steps is None else steps)
     control = Control()
-    control.eta = eta
+    control.eta, control.schedule = eta, schedule
     scheduler = install(pipe.scheduler, control)
     custom = {k: list(call[k]) for k in ("timesteps", "sigmas") if call.get(k) is not None}
     steps = len(next(iter(custom.values()))) if custom else steps

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffsteer.blocks import Blocks
 from diffsteer.ledger import Ledger
 from diffsteer.particles import reindex
-from diffsteer.reward import Reward, scores_images
+from diffsteer.reward import Reward, scores_images, terms_of
 from diffsteer.rng import generator
 from diffsteer.types import Context, DiffsteerError, Info, Problem, RewardError, Sampler, Step, Trace
 
@@ -33,6 +33,9 @@ def check_inputs(decoded: bool, *rewards: Reward | None, makes: str = "") -> Non
             raise DiffsteerError(f"the reward {reward.name} looks at {reward.input}, but this decoder gives it {shown}")
         if reward is not None and makes == "sound" and decoded and scores_images(reward):
             raise DiffsteerError(f"the reward {reward.name} looks at images, but this pipeline makes sound")
+        clips = [r.name for _, r in terms_of(reward) if r.modality == "video"] if reward is not None else []
+        if clips and makes not in ("", "video"):
+            raise DiffsteerError(f"the reward {clips[0]} looks at clips, but this pipeline makes {makes}")
 
 
 class Scorer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,9 @@ from diffsteer.blocks import Blocks, Size
 from diffsteer.control import check_noise
 from diffsteer.ledger import Ledger
 from diffsteer.rng import Id
+from diffsteer.schedules import Schedule
 from diffsteer.selection import Selection
+from diffsteer.start import NoiseTransform, refuse_encoding
 from diffsteer.timing import Clock, Shifted
 from diffsteer.types import DiffsteerError
 
@@ -56,6 +59,9 @@ class Session(ABC):
     no_reentry: str = ""  # why its runs cannot be cut
     visit = 0  # how often the step at hand was taken before
     clock: Clock | None = None  # where rows can be at levels of their own
+    start: NoiseTransform | None = None  # what is done to the first noise
+    remembers: bool = False  # its solver knows of each row's last steps
+    size: tuple[int, int] = (0, 0)  # of what is decoded, height and width
     shifted: Shifted | None = None  # those levels, in the next segment, which is one step
 
     def __init__(
@@ -69,9 +75,10 @@ class Session(ABC):
         deterministic: bool = False,
         experts: Sequence[float] = (1.0,),
         noise: str = "eta",
+        schedule: Schedule | None = None,
     ) -> None:
         check_noise(noise)
-        self.noise_kind = noise
+        self.noise_kind, self.schedule = noise, schedule
         self.prompts, self.particles, self.seed, self.eta = list(prompts), particles, seed, eta
         self.ids = tuple(range(len(self.prompts)) if ids is None else ids)
         if len(self.ids) != len(self.prompts) or len(set(self.ids)) != len(self.ids):
@@ -90,6 +97,11 @@ class Session(ABC):
         return len(self.prompts) * self.particles
 
     @property
+    def ours(self) -> bool:
+        """Is the transition diffsteer's, not the user's own solver's?"""
+        return bool(self.eta) or self.schedule is not None
+
+    @property
     def last_noise(self) -> int:
         """The index of the last transition that adds noise, -1 if none does."""
         if self.native:
@@ -105,7 +117,25 @@ class Session(ABC):
     def noise(self, rows: Sequence[int] | None = None) -> Tensor:
         """Keyed first states of the given rows (default: all), (N, *shape), at the level the chain starts from."""
         keys = [self.key(r) for r in (range(self.rows) if rows is None else rows)]
-        return self._scale_noise(rng.normal(self.seed, keys, 0, "start", self.shape))
+        noise = rng.normal(self.seed, keys, 0, "start", self.shape)
+        return self._scale_noise(noise if self.start is None else self.start(noise, self))
+
+    def encoded(self, frames: Tensor) -> Tensor:
+        """A clip (F, 3, H, W) in [0, 1] as clean latents (1, *shape).
+
+        Raises:
+            UnsupportedError: a backend or a pipeline that is not known to do so.
+        """
+        raise refuse_encoding(type(self).__name__)
+
+    def tapping(self, names: Sequence[str]) -> AbstractContextManager[dict[str, Tensor]]:
+        """A context that hands out the outputs of the named modules of the denoiser in the last segment, by name:
+        conditional rows alone, (N, F, C, h, w).
+
+        Raises:
+            UnsupportedError: a backend or a pipeline whose features are not known to be laid out so.
+        """
+        raise refuse_encoding(type(self).__name__)
 
     def step_noise(self, rows: Sequence[int], index: int) -> Tensor:
         """The keyed noise of one transition, (N, *shape)."""

@@ -5,7 +5,8 @@ Rows are indexed (prompt, particle): P prompts with K particles each, prompt-maj
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -38,6 +39,13 @@ def check_numbers(who: str, whole: dict[str, Any] | None = None, real: dict[str,
     for name, value in (real or {}).items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise DiffsteerError(f"{who}{name}={value!r} is no number")
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """How a message about a wrong name ends: ``; did you mean 'x'? valid: x, y``."""
+    valid = sorted(valid)
+    near = difflib.get_close_matches(name, valid, 1, 0.5)
+    return (f"; did you mean {near[0]!r}?" if near else ";") + f" valid: {', '.join(valid)}"
 
 
 def setting(default: Any, *, choices: Sequence[str] = (), low: float | None = None, high: float | None = None) -> Any:

@@ -6,5 +6,7 @@ if __name__ != "diffsteer.rewards":
 from diffsteer.rewards.aesthetic import Aesthetic
 from diffsteer.rewards.clip_score import ClipScore
 from diffsteer.rewards.compressibility import Compressibility
+from diffsteer.rewards.motion_coherence import MotionCoherence
+from diffsteer.rewards.motion_consistency import MotionConsistency
 
-__all__ = ["Aesthetic", "ClipScore", "Compressibility"]
+__all__ = ["Aesthetic", "ClipScore", "Compressibility", "MotionCoherence", "MotionConsistency"]

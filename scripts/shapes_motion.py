@@ -87,7 +87,7 @@ def stage_motion(work: Path) -> None:
 
 def stage_export_motion(work: Path, out: Path = MOTION) -> None:
     """The adapter alone, half precision, as AnimateDiffPipeline takes it; all else is the first model's."""
-    from diffusers import UNet2DConditionModel, UNetMotionModel
+    from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
 
     unet = UNetMotionModel.from_unet2d(
         UNet2DConditionModel.from_pretrained(WEIGHTS / "sd" / "unet").float(), make_motion_adapter()
@@ -95,5 +95,6 @@ def stage_export_motion(work: Path, out: Path = MOTION) -> None:
     state = unet.state_dict()
     unet.load_state_dict(state | torch.load(work / "motion.pt", weights_only=True))
     shutil.rmtree(out, ignore_errors=True)
-    unet.half().save_motion_modules(out, safe_serialization=True)
+    unet.save_motion_modules(out, safe_serialization=True)
+    MotionAdapter.from_pretrained(out).half().save_pretrained(out, safe_serialization=True)  # what was written was single
     print(sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6, "MB")

@@ -16,13 +16,13 @@ V3 = "comfy_api.v0_0_2"  # a version of ComfyUI's interface that stays as it is
 
 
 def nodes(host: Host = HOST) -> list[Node]:
-    """Every node: those that are written, and one a registered sampler (without gradients), reward and schedule. One of these
+    """Every node: those that are written, and one a registered sampler (that can be one), reward and schedule. One of these
     that cannot be a node is left out, and said."""
     found = sampling.nodes(host)
     for kind, make in (("sampler", partial(sampler_node, host=host)), ("reward", reward_node), ("schedule", schedule_node)):
         for name, cls in sorted(registered(kind).items()):
-            if kind == "sampler" and cls.needs_grad:
-                continue  # a SAMPLER takes no gradients
+            if kind == "sampler" and not sampling.is_a_node(cls):
+                continue
             try:
                 found.append(make(name, cls))
             except Exception as error:

@@ -28,6 +28,9 @@ _NOT_HERE = {
     "deterministic": (False, "a ComfyUI batch is run as it comes"),
     "device": (None, "ComfyUI chooses devices itself"),
     "guide.name": ("none", "in a graph put the node Gradient guidance in the place of CFGGuider"),
+    "schedule.name": ("none", "in a graph put a node of that schedule in the place of BasicScheduler"),
+    "sigmas": (None, "in a graph give SIGMAS"),
+    "timesteps": (None, "in a graph give SIGMAS"),
     "model.dtype": ("float32", "ComfyUI chooses number formats itself"),
     "model.revision": (None, "ComfyUI loads files"),
     "model.variant": (None, "ComfyUI loads files"),
@@ -55,6 +58,8 @@ def graph_of(
             raise DiffsteerError(f"{key}={OmegaConf.select(config, key)}: {why}")
     if sampler is not None and sampler.needs_grad:
         raise DiffsteerError(f"the sampler {sampler.name} needs gradients, and is no node by itself: use Gradient guidance")
+    if sampler is not None and hasattr(sampler, "timing"):
+        raise DiffsteerError(f"the sampler {sampler.name} sets noise levels row by row, which a graph cannot")
     chunk = config.chunk
     if isinstance(chunk, str):
         raise DiffsteerError(f"chunk={chunk}: in a graph give a number of rows, or leave it to ComfyUI")

@@ -29,9 +29,14 @@ REWARDED = Input("reward", REWARD, "What the particles are chosen by.")
 DECODED = Input("vae", "VAE", "Decodes what the reward looks at, and the result.")
 
 
+def is_a_node(sampler: Any) -> bool:
+    """Can a SAMPLER run this method? It takes no gradients, and sets no levels row by row."""
+    return not sampler.needs_grad and not hasattr(sampler, "timing")
+
+
 def steerable() -> list[str]:
-    """The methods that need no gradient, the particle filter first."""
-    return sorted((name for name, cls in registered("sampler").items() if not cls.needs_grad), key=lambda name: name != "fk")
+    """The methods that a SAMPLER can run, the particle filter first."""
+    return sorted((name for name, cls in registered("sampler").items() if is_a_node(cls)), key=lambda name: name != "fk")
 
 
 def sample(

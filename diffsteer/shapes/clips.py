@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -135,9 +136,8 @@ def direction_error(seen: Sequence[Track], wanted: Sequence[tuple[float, float]]
             if s.moves:
                 turn = math.degrees(math.atan2(w[1], w[0]) - math.atan2(s.velocity[1], s.velocity[0]))
                 costs[i, j] = abs((turn + 180) % 360 - 180)
-    from scipy.optimize import linear_sum_assignment
-
-    return float(costs[linear_sum_assignment(costs)].mean())
+    ways = itertools.permutations(range(costs.shape[1]), len(moving))
+    return float(min(costs[range(len(moving)), list(way)].mean() for way in ways))
 
 
 def _track(path: dict[int, Seen], frames: int) -> Track:

@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import Any
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
-MODELS = {"shapes": WEIGHTS / "sd", "shapes-flow": WEIGHTS / "sd-flow"}
+MODELS = {"shapes": WEIGHTS / "sd", "shapes-flow": WEIGHTS / "sd-flow", "shapes-motion": WEIGHTS / "sd-motion"}
+PIXELS = WEIGHTS / "pixels"  # a network alone, which no pipeline that can be steered has
+_OF_THE_FIRST = {part: WEIGHTS / "sd" / part for part in ("vae", "tokenizer", "unet", "text_encoder")}
 # What a model has from another folder.
-SHARED = {"shapes-flow": {"vae": WEIGHTS / "sd" / "vae", "tokenizer": WEIGHTS / "sd" / "tokenizer"}}
+SHARED = {
+    "shapes-flow": {part: _OF_THE_FIRST[part] for part in ("vae", "tokenizer")},
+    "shapes-motion": _OF_THE_FIRST,
+}
 CLIP = WEIGHTS / "clip"
 DEFAULTS = WEIGHTS / "defaults.json"
 
@@ -27,8 +32,8 @@ def _first_weights() -> dict[str, Any]:
     from safetensors import safe_open
 
     found = {}
-    for name, path in MODELS.items():
-        with safe_open(path / "unet" / "diffusion_pytorch_model.safetensors", framework="pt") as file:
+    for name in ("shapes", "shapes-flow"):
+        with safe_open(MODELS[name] / "unet" / "diffusion_pytorch_model.safetensors", framework="pt") as file:
             found[name] = file.get_tensor("conv_in.weight")
     return found
 
@@ -40,7 +45,7 @@ def embedded_name(pipe: Any) -> str:
     if weight is not None:
         for name, own in _first_weights().items():
             if own.shape == weight.shape and bool((weight.cpu() == own.to(weight.dtype)).all()):
-                return name
+                return "shapes-motion" if getattr(pipe, "motion_adapter", None) is not None else name
     return ""
 
 

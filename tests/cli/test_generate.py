@@ -142,7 +142,11 @@ def test_hydras_own_flags(command: Any, tmp_path: Path) -> None:
     info = command("generate", "--info", "defaults")
     assert info.code == 0 and "sampler/fk" in info.out
     helped = command("generate", "--help")
-    assert helped.code == 0 and "sampler: best_of_n, dps, fk" in helped.out and "num_inference_steps: null" in helped.out
+    assert (
+        helped.code == 0
+        and "sampler: best_of_n, dps, epsilon_scaling, fk" in helped.out
+        and "num_inference_steps: null" in helped.out
+    )
     (tmp_path / "mine/sampler").mkdir(parents=True)
     (tmp_path / "mine/sampler/wide.yaml").write_text("name: fk\nparticles: 16\n")
     mine = OmegaConf.create(command("generate", "-cd", "mine", "sampler=wide", "--cfg", "job").out)

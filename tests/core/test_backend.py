@@ -279,7 +279,7 @@ def test_lora_keeps_working(toy_pipeline: Any) -> None:
         ({"prompt_embeds": torch.zeros(1)}, "cannot be given"),
         ({"ip_adapter_image": "x"}, "cannot be given"),
         ({"latents": torch.zeros(3, 4, 8, 8)}, "3 rows; 4 are needed"),
-        ({"sigmas": [1.0, 0.5]}, "DDIMScheduler"),
+        ({"sigmas": [1.0, 0.5]}, "2 sigmas were given: leave num_inference_steps out"),
     ],
 )
 def test_bad_call_arguments(toy_pipeline: Any, call: dict[str, Any], message: str) -> None:

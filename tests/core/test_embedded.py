@@ -17,7 +17,7 @@ from diffsteer.cli import main
 from diffsteer.rewards import ClipScore, Compressibility
 from diffsteer.samplers import BestOfN, FeynmanKac
 from diffsteer.shapes import TASKS, caption, check, one_attribute_changed, render, sample_scene
-from diffsteer.shapes.models import CLIP, MODELS, WEIGHTS, embedded_name, is_embedded, recommended
+from diffsteer.shapes.models import CLIP, MODELS, PIXELS, WEIGHTS, embedded_name, is_embedded, recommended
 from diffsteer.shapes.tokenizer import CONTEXT, unknown_words
 from diffsteer.types import Context
 
@@ -31,7 +31,7 @@ def shapes() -> Any:
     return pipe
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
+@pytest.fixture(scope="module", params=["shapes", "shapes-flow"])
 def painter(request: pytest.FixtureRequest) -> Any:
     pipe = load_pipeline(request.param)
     pipe.set_progress_bar_config(disable=True)
@@ -46,8 +46,14 @@ def renders(count: int, stream: int) -> tuple[list[Any], torch.Tensor]:
 
 def test_they_are_small_and_load_without_us() -> None:
     files = [f for f in WEIGHTS.rglob("*") if f.is_file()]
-    flow = sum(f.stat().st_size for f in files if MODELS["shapes-flow"] in f.parents)
-    assert flow <= 4_000_000 and sum(f.stat().st_size for f in files) - flow <= 8_000_000
+    own = {
+        "shapes-flow": (MODELS["shapes-flow"], 4.0),
+        "motion": (MODELS["shapes-motion"], 1.5),
+        "pixels": (PIXELS / "unet", 3.0),
+    }
+    sizes = {name: sum(f.stat().st_size for f in files if folder in f.parents) / 1e6 for name, (folder, _) in own.items()}
+    assert all(sizes[name] <= most for name, (_, most) in own.items())
+    assert sum(f.stat().st_size for f in files) / 1e6 - sum(sizes.values()) <= 8.5
     assert not [f for f in files if f.suffix in (".bin", ".pt", ".ckpt")]
     pipe = StableDiffusionPipeline.from_pretrained(MODELS["shapes"], safety_checker=None)
     parts = (pipe.unet, pipe.vae, pipe.text_encoder)
@@ -247,3 +253,24 @@ def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for block in [part.split("```")[0] for part in text.split("```python\n")[1:]]:
         exec(block, scope)
     assert (tmp_path / "run" / "000.png").exists() and len(scope["images"]) == 4
+
+
+def test_the_model_of_clips_knows_its_name_and_moves_what_it_draws() -> None:
+    from diffsteer.shapes.clips import track
+
+    pipe = load_pipeline("shapes-motion")
+    pipe.set_progress_bar_config(disable=True)
+    assert embedded_name(pipe) == "shapes-motion" and is_embedded(pipe) and recommended(pipe)["num_frames"] == 8
+    out = SteeredPipeline(pipe, BestOfN(1), ClipScore())(["a large purple square", "a blue ring"], seed=0)
+    assert out.images is not None
+    for frames in out.images:
+        assert any(t.straight < 4 for t in track(frames))  # something is there from frame to frame
+
+
+def test_the_model_of_pixels_draws_pictures_in_their_range() -> None:
+    model = load_pipeline("shapes-pixels")
+    out = SteeredPipeline(model, BestOfN(1, eta=1.0))([""] * 16, num_inference_steps=20, seed=0)
+    pictures = out.samples[:, 0]
+    assert pictures.shape == (16, 3, 32, 32) and 0 <= float(pictures.min()) <= float(pictures.max()) <= 1
+    variance = out.latents.flatten(2).var(2).mean()
+    assert 0.03 < float(variance) < 0.2  # of the training pictures 0.085

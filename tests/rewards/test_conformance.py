@@ -20,6 +20,10 @@ MAKE: dict[str, Callable[[Path, Path], Reward]] = {
     "ClipScore": lambda clip, head: rewards.ClipScore(f"local-dir:{clip}"),
     "Aesthetic": lambda clip, head: rewards.Aesthetic(str(head), f"local-dir:{clip}", None),
     "Compressibility": lambda clip, head: rewards.Compressibility(),
+    "MotionCoherence": lambda clip, head: rewards.MotionCoherence(),
+    "MotionConsistency": lambda clip, head: rewards.MotionConsistency(
+        torch.linspace(0, 1, 4 * 3 * 24 * 24).sin().view(4, 3, 24, 24)
+    ),
 }
 
 
@@ -27,6 +31,8 @@ MAKE: dict[str, Callable[[Path, Path], Reward]] = {
 def test_reward(exported: str, clip_folder: Path, head_file: Path, images: Tensor) -> None:
     reward = MAKE[exported](clip_folder, head_file)
     reward.prepare(PROMPTS, CTX)
+    if reward.modality == "video":  # four frames of each
+        images = torch.stack([images.roll(3 * k, -1) * (1 - 0.1 * k) for k in range(4)], 1)
     with torch.no_grad():
         scores = reward.score(images, PROMPTS, CTX)
 

@@ -26,8 +26,8 @@ def gaussian(variance: float, path: str = "vp", shape: tuple[int, ...] = (3, 64,
         bars = BARS[t.long()] if path == "vp" else None
         at = Level(bars.sqrt(), (1 - bars).sqrt()) if bars is not None else level(1 - t.double(), t.double())
         alpha, sigma = at.like(x.double())
-        x0 = alpha * variance / (alpha**2 * variance + sigma**2) * x.double()
-        return torch.as_tensor(x0).to(x.dtype)
+        x0: Tensor = alpha * variance / (alpha**2 * variance + sigma**2) * x.double()
+        return x0.to(x.dtype)
 
     return CallableModel(fn, "x0", path, shape, BARS if path == "vp" else None)
 
@@ -41,7 +41,8 @@ def states(variance: float, at: Level, rows: int = 8, count: int = 3 * 64 * 64) 
     z = (z - z.mean(2, keepdim=True)) / z.std(2, keepdim=True)  # their variance is exactly what the level says
     z[1] -= (z[0] * z[1]).mean(1, keepdim=True) * z[0]
     z[1] /= z[1].std(1, keepdim=True)
-    return float(at.alpha) * variance**0.5 * z[0] + float(at.sigma) * z[1]
+    x: Tensor = float(at.alpha) * variance**0.5 * z[0] + float(at.sigma) * z[1]
+    return x
 
 
 @pytest.mark.parametrize("variance", [0.085, 0.25, 0.5])

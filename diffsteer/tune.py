@@ -1,0 +1,259 @@
+"""``diffsteer tune``: a sampler's parameters, searched for a reward on a few prompts, as a file that ``sampler=`` can name."""
+
+from __future__ import annotations
+
+import functools
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from diffsteer import __version__
+from diffsteer.batch import MANIFEST, Item, _number
+from diffsteer.config import build, settings
+from diffsteer.generate import _items, _load, _snapshot, check, rewarded
+from diffsteer.grids import check_schedule
+from diffsteer.guidance import guidance_of
+from diffsteer.ledger import Ledger
+from diffsteer.pipeline import SteeredPipeline
+from diffsteer.ranges import ranges_of
+from diffsteer.registry import find, nearest, registered
+from diffsteer.reward import Reward, prepare
+from diffsteer.run import SteeredOutput
+from diffsteer.selection import Scorer
+from diffsteer.shapes.models import MODELS, digest, is_embedded
+from diffsteer.tuned import Record, in_columns, report, table, warnings_of, write, write_sampler
+from diffsteer.tuning import PLAIN, Measured, Trial, best_of, load_optuna, search
+from diffsteer.types import Context, DiffsteerError, Sampler
+
+RECORD, REPORT = "trials.jsonl", "report.md"
+CHECKER = "checker"  # the held-out judge that reads shapes
+Case = tuple[Item, int]  # a prompt and a seed
+
+
+def tune_folder(config: DictConfig, out: Path, shown: str) -> None:
+    """Search as a configuration says, in a folder; what was measured there before is not measured again.
+
+    Args:
+        shown: the folder as messages name it.
+
+    Raises:
+        DiffsteerError: wrong input, said before any work is done; a reward that fails, what was measured staying.
+    """
+    load_optuna()
+    told = config.tune
+    plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != "tune"])
+    OmegaConf.copy_cache(config, plain)  # out= may hold the time
+    check(plain)
+    _check_own(told)
+    sampler = build("sampler", plain.sampler)
+    if sampler is None:
+        raise DiffsteerError(f"sampler=none has nothing to tune{nearest('', registered('sampler'))}")
+    ranges = ranges_of(type(sampler), told.parameters, told.log)
+    name = told.name or f"{sampler.name}_tuned"
+    _check_name(name)
+    if not 0 <= plain.seed + told.seeds - 1 < 2**63:
+        raise DiffsteerError(f"seed={plain.seed}; tune.seeds={told.seeds} of them lie in [0, 2^63)")
+    items = _items(plain)
+    judge = _judge(plain, told.holdout, items)
+    bench = Bench(plain, sampler, [(item, plain.seed + s) for s in range(told.seeds) for item in items], judge)
+    asked = {"parameters": {k: vars(r) for k, r in ranges.items()}, "holdout": _plainly(told.holdout), "seeds": told.seeds}
+    own = {"weights": digest(plain.model.path)} if plain.model.path in MODELS else {}
+    prompts = [[item.id, item.prompt] for item in items]
+    _, digested = settings(plain, device=bench.device.partition(":")[0], tune=asked, tuned_on=prompts, **own)
+    if (out / MANIFEST).exists():
+        raise DiffsteerError(f"{out / MANIFEST} is of diffsteer generate; choose another out=")
+    bench.record = Record(out / RECORD, digested)
+    _snapshot(config, out)
+    with tqdm(total=told.trials + 1, unit="trial", disable=None) as bar:
+
+        def done(trial: Trial) -> None:
+            bar.update()
+            bar.set_postfix(reward=f"{trial.reward:.4g}", state=trial.state)
+
+        trials = search(
+            ranges,
+            len(bench.cases),
+            bench.measure,
+            bench.cost,
+            seed=plain.seed,
+            trials=told.trials,
+            evaluations=told.evaluations,
+            first={key: getattr(sampler, key) for key in ranges},
+            known=bench.record.parameters,
+            done=done,
+        )
+    _leave(trials, bench, told, name, out, shown)
+
+
+def _leave(trials: list[Trial], bench: Bench, told: DictConfig, name: str, out: Path, shown: str) -> None:
+    """Report and configuration file, and what is printed of them."""
+    reward, method, best = str(bench.config.reward.get("name")), bench.sampler.name, best_of(trials)
+    held = None if bench.judge is None else bench.judge if isinstance(bench.judge, str) else bench.judge.name
+    spent, cases = sum(t.evaluations for t in trials), len(bench.cases)
+    seeds = f" with {told.seeds} seeds each" if told.seeds > 1 else ""
+    prompts = cases // told.seeds
+    facts = [
+        f"{prompts} prompt{'s' * (prompts > 1)}{seeds}, {len(trials) - 1} trials, {spent} evaluations. Every trial had the "
+        "same noise; the plain chain is best_of_n with as many particles. Rewards are means over the prompts that were run."
+    ]
+    if len(trials) - 1 < told.trials:
+        facts.append(f"The budget of {told.evaluations} evaluations ended it before {told.trials} trials.")
+    command = f"diffsteer generate --config-dir {shlex.quote(shown)} sampler={name}"
+    file = out / "sampler" / f"{name}.yaml"
+    if best is not None:
+        facts.append(f"The best trial is `sampler/{name}.yaml`: `{command}`")
+        comments = [f"Tuned by diffsteer {__version__}: {reward} {best.reward:.4g}, plain {trials[0].reward:.4g}.", command]
+        write_sampler(file, method, _filled(bench.config, best.parameters), comments)
+    write(out / REPORT, report(trials, f"{method} tuned for {reward}", facts, reward, held))
+    print(in_columns(table(trials, reward, held)))
+    for text in warnings_of(trials, held):
+        print(f"diffsteer: warning: {text}", file=sys.stderr)
+    print(f"{len(trials) - 1} trials, {spent} evaluations; {REPORT} and {RECORD} in {shown}")
+    if best is not None:
+        print(command)
+
+
+def _check_own(told: DictConfig) -> None:
+    for key in ("trials", "seeds", "evaluations"):
+        if told[key] is not None and told[key] < 1:
+            raise DiffsteerError(f"tune.{key}={told[key]}; at least 1 is needed")
+
+
+def _check_name(name: str) -> None:
+    """A name that a file of the sampler group can have, and that no other has: Hydra would take that one."""
+    if not re.fullmatch(r"[A-Za-z][\w-]*", name):
+        raise DiffsteerError(f"tune.name={name}; it takes letters, digits, _ and -, a letter first")
+    if name == "none" or name in registered("sampler"):
+        raise DiffsteerError(f"tune.name={name} is the name of a sampler that there is; choose another")
+
+
+def _plainly(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _judge(config: DictConfig, holdout: Any, items: Sequence[Item]) -> Reward | str | None:
+    """The held-out reward; the checker by its name.
+
+    Raises:
+        DiffsteerError: what `build` refuses; the reward that steers; the checker where it can read nothing.
+    """
+    if holdout is None:
+        return None
+    if holdout == CHECKER:
+        from diffsteer.shapes.grammar import parse
+
+        if config.model.path not in MODELS or config.model.path == "shapes-motion":
+            raise DiffsteerError(
+                f"tune.holdout=checker reads pictures of the shapes world; model={config.model.path} makes others"
+            )
+        for item in items:
+            try:
+                parse(item.prompt)
+            except ValueError as error:
+                raise DiffsteerError(f"tune.holdout=checker cannot read the prompt {item.prompt!r}: {error}") from error
+        return CHECKER
+    named = OmegaConf.create({"name": holdout} if isinstance(holdout, str) else holdout)
+    if not isinstance(named, DictConfig) or (isinstance(holdout, str) and holdout not in registered("reward")):
+        raise DiffsteerError(f"tune.holdout={holdout} is unknown{nearest(str(holdout), [CHECKER, *registered('reward')])}")
+    held: Reward = build("reward", named)
+    if isinstance(holdout, str) and holdout == config.reward.get("name"):
+        raise DiffsteerError(f"tune.holdout={holdout} is the reward that steers: hold out another one")
+    return held
+
+
+class Bench:
+    """What measures: the pipeline, loaded once something is to be measured, under the sampler with other parameters.
+
+    Args:
+        cases: prompts with seeds, in the order in which every trial takes them.
+    """
+
+    record: Record
+
+    def __init__(self, config: DictConfig, sampler: Sampler, cases: list[Case], judge: Reward | str | None) -> None:
+        self.config, self.sampler, self.cases, self.judge = config, sampler, cases, judge
+        self.reward, self.start = rewarded(config)
+        if self.reward is None:
+            raise DiffsteerError(f"there is no reward to tune for{nearest('', registered('reward'))}")
+        self.guide, self.schedule = build("guide", config.guide), build("schedule", config.schedule)
+        guidance_of(self.guide, sampler)
+        check_schedule(self.schedule, True, config.transition)
+        self.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    @functools.cached_property
+    def pipe(self) -> Any:
+        """Loaded once, its call's arguments and the rewards' prompts checked."""
+        from diffsteer.pipes import check_call
+
+        pipe = _load(self.config, self.device)
+        check_call(pipe, self._call(given=True))
+        prompts = list(dict.fromkeys(item.prompt for item, _ in self.cases))
+        for reward in (self.reward, self.judge):
+            if isinstance(reward, Reward):
+                prepare(reward, prompts, Context(embedded=is_embedded(pipe)))
+        return pipe
+
+    def cost(self, number: int, parameters: dict[str, float]) -> int:
+        """Evaluations of all cases."""
+        steered = self._steered(number, parameters)
+        call = {"negative_prompt": self.config.negative_prompt, **self._call()}
+        return steered.estimate(len(self.cases), self.config.num_inference_steps, **call).evaluations
+
+    def measure(self, number: int, parameters: dict[str, float], case: int) -> Measured:
+        """One case, from the record if it is there."""
+        item, seed = self.cases[case]
+        if (number, item.id, seed) not in self.record.measured:
+            out = self._steered(number, parameters)(
+                [item.prompt],
+                seed=seed,
+                ids=[item.id],
+                num_inference_steps=self.config.num_inference_steps,
+                negative_prompt=self.config.negative_prompt,
+                **self._call(),
+            )
+            reward = float(out.rewards[0, out.chosen[0]])
+            seen = Measured(reward, self._judged(out, item.prompt), out.ledger.evaluations, out.ledger.seconds["total"])
+            self.record.add(number, parameters, item, seed, seen)
+        return self.record.measured[number, item.id, seed]
+
+    def _call(self, given: bool = False) -> dict[str, Any]:
+        """The arguments of the pipeline's call; `given`: those under call= alone."""
+        config = self.config
+        call: dict[str, Any] = OmegaConf.to_container(config.call, resolve=True)  # type: ignore[assignment]
+        if given:
+            return call
+        call |= {} if config.guidance_scale is None else {"guidance_scale": config.guidance_scale}
+        return call | {name: list(config[name]) for name in ("sigmas", "timesteps") if config[name] is not None}
+
+    def _steered(self, number: int, parameters: dict[str, float]) -> SteeredPipeline:
+        if number == PLAIN:
+            method, guide = find("sampler", "best_of_n")(particles=self.sampler.particles, eta=self.sampler.eta), None
+        else:
+            method, guide = build("sampler", OmegaConf.create(_filled(self.config, parameters))), self.guide
+        names = ("output", "decoder", "transition", "noise", "chunk", "deterministic")
+        objects = {"guide": guide, "start": self.start, "schedule": self.schedule}
+        return SteeredPipeline(self.pipe, method, self.reward, **objects, **{name: self.config[name] for name in names})
+
+    def _judged(self, out: SteeredOutput, prompt: str) -> float | None:
+        sample = out.samples[0, out.chosen[0]]
+        if self.judge is None:
+            return None
+        if isinstance(self.judge, str):
+            from diffsteer.shapes.check import check as look
+
+            return float(look(sample, prompt).correct)
+        done = out.trace.events[-1].done
+        scorer = Scorer(self.judge, None, [prompt], Ledger(), is_embedded(self.pipe))
+        return _number(scorer.score(sample[None], done, done)[0, 0])
+
+
+def _filled(config: DictConfig, parameters: dict[str, float]) -> dict[str, Any]:
+    values: Any = OmegaConf.to_container(config.sampler, resolve=True)
+    return {**values, **parameters}

@@ -1,0 +1,216 @@
+"""Motion: correlations that know the motion and not the appearance, the first noise, the feature path, and the whole chain."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from diffsteer import SteeredPipeline, load_pipeline
+from diffsteer.correlation import VARIANTS, correlations, inconsistency, moving_mask, pairs_of, pooled
+from diffsteer.guidance import Guidance
+from diffsteer.media import as_clip
+from diffsteer.rewards import ClipScore, MotionCoherence, MotionConsistency
+from diffsteer.samplers import BestOfN, FeynmanKac
+from diffsteer.shapes.clips import Clip, render_clip, sample_clip
+from diffsteer.start import ReferenceNoise, low_pass, mixed_noise
+from diffsteer.types import Context, DiffsteerError, UnsupportedError
+
+CTX, PROMPT = Context(), "a red circle"
+
+
+def clip_of(velocity: tuple[float, float], color: str = "red", shape: str = "circle", frames: int = 8) -> Tensor:
+    scene = sample_clip("colors", np.random.default_rng(0)).scene
+    rgb = {"red": (220, 40, 40), "blue": (40, 80, 230)}[color]
+    thing = replace(scene.things[0], shape=shape, color=color, x=32.0, y=32.0, r=9.0, rgb=rgb)
+    return as_clip(render_clip(Clip(replace(scene, things=(thing,)), (velocity,), frames)))
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize("mask", ["", "moving"])
+def test_the_same_motion_of_another_thing_scores_above_another_motion(variant: str, mask: str) -> None:
+    reward = MotionConsistency(clip_of((2.0, 0.0)), variant=variant, mask=mask)
+    clips = [clip_of((2.0, 0.0)), clip_of((2.0, 0.0), "blue", "square"), clip_of((-2.0, 0.0)), clip_of((0.0, 0.0))]
+    scores = reward.score(torch.stack(clips), [PROMPT] * 4, CTX)
+    assert scores[0].abs() < 1e-6
+    assert scores[1] > scores[2] and scores[1] > scores[3]
+
+
+def test_correlations_are_cosines_and_pairs_are_pairs() -> None:
+    x = torch.randn(2, 4, 3, 6, 5, generator=torch.Generator().manual_seed(0))
+    cosines = correlations(x, pairs_of(4, "consecutive"))
+    assert cosines.shape == (2, 3, 30, 30)
+    one = torch.nn.functional.cosine_similarity(x[1, 1, :, 2, 3], x[1, 2, :, 4, 0], dim=0)
+    assert float(cosines[1, 1, 2 * 5 + 3, 4 * 5]) == pytest.approx(float(one), abs=1e-5)
+    assert [len(pairs_of(5, which).first) for which in ("consecutive", "first", "both", "all")] == [4, 4, 7, 10]
+    with pytest.raises(ValueError, match="valid"):
+        pairs_of(5, "none")
+    assert torch.allclose(pooled(x, 4).mean((1, 3, 4)), torch.zeros(2, 3), atol=1e-6)
+
+
+def test_other_clips_change_nothing_and_a_mask_counts_its_places_alone() -> None:
+    reference, x = clip_of((2.0, 0.0)), torch.rand(3, 8, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    reward = MotionConsistency(reference, mask="moving")
+    together = reward.score(x, [PROMPT] * 3, CTX)
+    torch.testing.assert_close(together[1:2], reward.score(x[1:2], [PROMPT], CTX))
+    pairs, whole = pairs_of(8, "both"), torch.ones(8, 16, 16)
+    torch.testing.assert_close(
+        inconsistency(x, reference[None], pairs, mask=whole), inconsistency(x, reference[None], pairs), rtol=1e-4, atol=1e-6
+    )
+    mask = moving_mask(reference)
+    assert mask.shape == (8, 16, 16) and 0 < float(mask.mean()) < 0.6
+    elsewhere = reference.clone()
+    elsewhere[:, :, :8] = torch.rand(8, 3, 8, 64)  # above where anything moves
+    assert float(MotionConsistency(reference, mask="moving").score(elsewhere[None], [PROMPT], CTX)) > float(
+        MotionConsistency(reference).score(elsewhere[None], [PROMPT], CTX)
+    )
+
+
+def test_coherence_is_best_without_jumps() -> None:
+    even, jump = clip_of((2.0, 0.0)), clip_of((2.0, 0.0))
+    jump[4:] = jump[4:].roll(20, -1)
+    still = clip_of((0.0, 0.0))
+    scores = MotionCoherence().score(torch.stack([still, even, jump]), [PROMPT] * 3, CTX)
+    assert scores[0] == 0 and scores[0] > scores[1] > scores[2]
+
+
+def test_mixed_noise_is_standard_normal() -> None:
+    rng = torch.Generator().manual_seed(0)
+    clips = [render_clip(sample_clip("colors", np.random.default_rng(i))) for i in range(12)]
+    pipe = load_pipeline("shapes-motion")
+    noise = torch.randn(12, 4, 8, 16, 16, generator=rng)
+    mixed = torch.cat([ReferenceNoise(as_clip(c), 0.5)(noise[i : i + 1], _Encoder(pipe)) for i, c in enumerate(clips)])
+    count = noise.numel()
+    assert abs(float(mixed.mean())) < 4 / count**0.5
+    assert abs(float(mixed.var()) - 1) < 0.03
+    assert abs(float(mixed.pow(4).mean()) - 3) < 0.3
+    for dim in (2, 3, 4):
+        neighbours = (mixed.narrow(dim, 1, mixed.shape[dim] - 1) * mixed.narrow(dim, 0, mixed.shape[dim] - 1)).mean()
+        assert abs(float(neighbours)) < 0.1
+    assert float(torch.nn.functional.cosine_similarity(mixed.flatten(1), noise.flatten(1)).mean()) > 0.8
+    assert torch.equal(ReferenceNoise(as_clip(clips[0]), 0.0)(noise, _Encoder(pipe)), noise)
+
+
+class _Encoder:
+    """What `ReferenceNoise` asks of a session."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+
+    def encoded(self, frames: Tensor) -> Tensor:
+        z: Tensor = self.pipe.vae.encode(frames * 2 - 1).latent_dist.mean
+        return z.transpose(0, 1)[None].detach()
+
+
+def test_the_band_of_mixed_noise() -> None:
+    """High frequencies stay; within the band the correlation with the reference is the share."""
+    rng = torch.Generator().manual_seed(1)
+    noise, reference = torch.randn(400, 1, 8, 8, 8, generator=rng), torch.randn(1, 1, 8, 8, 8, generator=rng)
+    low = low_pass((8, 8, 8), 0.5)
+    assert 0 < float(low.mean()) < 1 and float(low[0, 0, 0]) == 1
+    mixed = mixed_noise(noise, reference, 0.6, 0.5)
+    dims = (-3, -2, -1)
+    before, after = (torch.fft.fftn(x.double(), dim=dims) for x in (noise, mixed))
+    assert torch.allclose(after * (1 - low), before * (1 - low), atol=1e-4)
+    moving = torch.fft.fftn((reference - reference.mean(2, keepdim=True)).double(), dim=dims) * low
+    a, b = (after * low).flatten(1), moving.flatten(1)
+    share = (a * b.conj()).sum(1).real / (a.abs().square().sum(1) * b.abs().square().sum(1)).sqrt()
+    assert float(share.mean()) == pytest.approx(0.6, abs=0.03)
+    # every element over many rows: variance 1 but for the share of the band that is now the same in all
+    assert float(mixed.var(0).mean()) == pytest.approx(1 - 0.36 * float(low.mean()), abs=0.02)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return load_pipeline("shapes-motion")
+
+
+SHORT: dict[str, Any] = {"num_inference_steps": 4, "seed": 0}
+
+
+def test_the_embedded_model_makes_clips(pipe: Any) -> None:
+    out = SteeredPipeline(pipe, BestOfN(2), ClipScore())([PROMPT], **SHORT)
+    assert out.samples.shape == (1, 2, 8, 3, 64, 64) and out.images is not None and len(out.images[0]) == 8
+
+
+@pytest.mark.parametrize("features", ["pixels", "network"])
+@pytest.mark.parametrize(("clean", "network"), [(0.0, 0.2), (0.2, 0.0)])
+def test_guidance_by_motion_raises_its_reward_and_costs_what_it_declares(
+    pipe: Any, features: str, clean: float, network: float
+) -> None:
+    reward = MotionConsistency(clip_of((2.0, 0.0)), features=features)
+    plain = SteeredPipeline(pipe, BestOfN(2), reward)([PROMPT, "a blue ring"], **SHORT)
+    steered = SteeredPipeline(pipe, BestOfN(2), reward, guide=Guidance(clean=clean, network=network, lowest=0.0))
+    out = steered([PROMPT, "a blue ring"], **SHORT)
+    assert not torch.equal(out.latents, plain.latents)
+    if features == "pixels" and network:  # at x0 four steps are too few for it
+        assert out.rewards.mean() > plain.rewards.mean()
+    declared = steered.estimate(2, 4)
+    assert {**declared.counts, "padding": 0} == {**out.ledger.counts, "padding": 0}
+
+
+def test_features_of_the_network_are_a_batch_of_their_own(pipe: Any) -> None:
+    """A row's guidance does not depend on the others; and with checkpointing it is the same."""
+    reward = MotionConsistency(clip_of((2.0, 0.0)), features="network", variant="softmax")
+    steered = SteeredPipeline(pipe, BestOfN(1), reward, guide=Guidance(clean=0.0, network=0.3, lowest=0.0))
+    both = steered([PROMPT, "a blue ring"], ids=[3, 4], **SHORT)
+    one = steered(["a blue ring"], ids=[4], **SHORT)
+    torch.testing.assert_close(both.latents[1], one.latents[0], rtol=1e-3, atol=1e-3)
+    pipe.unet.enable_gradient_checkpointing()
+    pipe.unet.train()  # diffusers checkpoints in training alone; nothing here has dropout
+    try:
+        again = steered(["a blue ring"], ids=[4], **SHORT)
+    finally:
+        pipe.unet.disable_gradient_checkpointing()
+        pipe.unet.eval()
+    torch.testing.assert_close(again.latents, one.latents, rtol=1e-3, atol=1e-3)
+
+
+def test_particles_select_by_motion(pipe: Any) -> None:
+    reward = MotionConsistency(clip_of((2.0, 0.0)))
+    sampler = FeynmanKac(4, events=(0.5, 0.75))
+    out = SteeredPipeline(pipe, sampler, reward, start=ReferenceNoise(clip_of((2.0, 0.0)), 0.5))([PROMPT], **SHORT)
+    assert float(out.rewards[0, out.chosen[0]]) == float(out.rewards.max())
+    without = SteeredPipeline(pipe, sampler, reward, start=ReferenceNoise(clip_of((2.0, 0.0)), 0.0))([PROMPT], **SHORT)
+    assert torch.equal(without.latents, SteeredPipeline(pipe, sampler, reward)([PROMPT], **SHORT).latents)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: MotionConsistency(variant="best"), "valid: full, softmax, displacement"),
+        (lambda: MotionConsistency(pairs="some"), "valid: both"),
+        (lambda: MotionConsistency(temperature=0.0), "must be positive"),
+        (lambda: MotionConsistency(side=1), "at least 2"),
+        (lambda: MotionConsistency(features="words"), "valid: pixels, network"),
+        (lambda: MotionConsistency("/nowhere.gif"), "no such clip"),
+        (lambda: MotionCoherence(side=0), "at least 1"),
+        (lambda: ReferenceNoise(torch.zeros(2, 3, 8, 8), share=2), "share=2"),
+    ],
+)
+def test_wrong_values_are_told(make: Any, said: str) -> None:
+    with pytest.raises(DiffsteerError, match=said):
+        make()
+
+
+def test_wrong_uses_are_told(pipe: Any) -> None:
+    reference = clip_of((2.0, 0.0))
+    through = Guidance(clean=0.0, network=0.1)
+    with pytest.raises(DiffsteerError, match="has no reference"):
+        SteeredPipeline(pipe, BestOfN(1), MotionConsistency())([PROMPT], **SHORT)
+    with pytest.raises(DiffsteerError, match="looks at clips, but this pipeline makes images"):
+        SteeredPipeline(load_pipeline(), BestOfN(1), MotionConsistency(reference))([PROMPT], **SHORT)
+    with pytest.raises(DiffsteerError, match="has 4 frames"):
+        SteeredPipeline(pipe, BestOfN(1), MotionConsistency(reference[:4]))([PROMPT], **SHORT)
+    reading = MotionConsistency(reference, features="network")
+    with pytest.raises(DiffsteerError, match="cannot be one term"):
+        SteeredPipeline(pipe, BestOfN(1), reading + ClipScore(), guide=through)([PROMPT], **SHORT)
+    unknown = MotionConsistency(reference, features="network", blocks="up_block.0")
+    with pytest.raises(DiffsteerError, match="no module 'up_block.0'; did you mean 'up_blocks.0'"):
+        SteeredPipeline(pipe, BestOfN(1), unknown, guide=through)([PROMPT], **SHORT)
+    with pytest.raises(UnsupportedError, match="AnimateDiffPipeline"):
+        SteeredPipeline(load_pipeline(), BestOfN(1), ClipScore(), start=ReferenceNoise(reference))([PROMPT], **SHORT)
