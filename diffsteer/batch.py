@@ -185,7 +185,7 @@ class Folder:
         if not (self.path / MANIFEST).is_file() or (self.path / MANIFEST).read_text(encoding="utf-8") != text:
             with _replacing(self.path / MANIFEST) as part:
                 part.write_text(text, encoding="utf-8")
-        shown = [e for e in (self.entries[id] for id in asked[:SHOWN]) if not e["image"].endswith((".wav", ".mp4"))]
+        shown = [e for e in (self.entries[id] for id in asked[:SHOWN]) if not e["image"].endswith(".wav")]
         sheet([[self.path / e["image"] for e in shown]], [e["prompt"] for e in shown], self.path / GRID)
 
 

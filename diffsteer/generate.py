@@ -28,7 +28,7 @@ from diffsteer.registry import find, nearest
 from diffsteer.reward import Reward
 from diffsteer.run import OUTPUTS
 from diffsteer.shapes.models import MODELS, digest, is_embedded
-from diffsteer.sheet import sheet
+from diffsteer.sheet import first_frame, sheet
 from diffsteer.start import NoiseTransform, ReferenceNoise
 from diffsteer.types import Context, DiffsteerError, Info, Sampler
 
@@ -280,8 +280,6 @@ def _fill(
 
 def _show_demo(folders: dict[str, Folder]) -> None:
     """A table of verdicts and rewards, a line a prompt; the sheet of the last folder shows its images below the others'."""
-    from PIL import Image
-
     from diffsteer.shapes.check import check
 
     table = [["prompt", *folders, "reward: " + ", ".join(folders)]]
@@ -290,8 +288,7 @@ def _show_demo(folders: dict[str, Folder]) -> None:
         verdicts, rewards = [], []
         for folder in folders.values():
             entry = folder.entries[item.id]
-            with Image.open(folder.path / entry["image"]) as image:
-                verdict = check(image, item.prompt)
+            verdict = check(first_frame(folder.path / entry["image"]), item.prompt)
             verdicts.append("right" if verdict.correct else f"wrong: {verdict.reasons[0]}")
             rewards.append("none" if entry["reward"] is None else f"{entry['reward']:.3f}")
         table.append([item.prompt, *verdicts, ", ".join(rewards)])

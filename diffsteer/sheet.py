@@ -7,10 +7,12 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from diffsteer.media import read_clip
+
 
 def sheet(rows: Sequence[Sequence[Path]], captions: Sequence[str], target: Path) -> None:
     """One picture of many: images in rows with their captions above, wrapped after eight when there is a single row."""
-    images = [[Image.open(path).convert("RGB") for path in row] for row in rows]
+    images = [[first_frame(path) for path in row] for row in rows]
     if not images or not images[0]:
         return
     columns = min(len(images[0]), 8) if len(images) == 1 else len(images[0])
@@ -31,6 +33,11 @@ def sheet(rows: Sequence[Sequence[Path]], captions: Sequence[str], target: Path)
                 picture = row[c].resize((zoom * row[c].width, zoom * row[c].height), Image.Resampling.NEAREST)
                 canvas.paste(picture, (left, top + head + r * (tall + gap)))
     canvas.save(target)
+
+
+def first_frame(path: Path) -> Image.Image:
+    """Of a clip, or the picture itself, RGB."""
+    return read_clip(path)[0] if path.suffix == ".mp4" else Image.open(path).convert("RGB")
 
 
 def _wrapped(text: str, width: float, length: Callable[[str], float], lines: int = 3) -> str:

@@ -7,15 +7,17 @@ import wave
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families.toys import TOYS
 from PIL import Image
 
 from diffsteer import SteeredPipeline
-from diffsteer.media import Sound
+from diffsteer.media import Sound, read_clip, save
 from diffsteer.rewards import Compressibility
 from diffsteer.samplers import BestOfN, FeynmanKac
+from diffsteer.shapes.clips import render_clip, sample_clip
 from diffsteer.types import DiffsteerError
 
 SMALL = ["num_inference_steps=3", "sampler.particles=2", "reward=compressibility"]
@@ -43,6 +45,27 @@ def test_a_video_is_a_gif_on_a_sheet_of_first_frames(command: Any, manifest: Any
     again = command(*asked, "output=all")
     assert again.code == 0 and again.out.startswith("1 prompt,") and (tmp_path / "o/videos/001.gif").exists()
     assert command(*asked, "output=best").code == 2, "other settings"
+
+
+def test_clips_follow_a_reference_and_may_be_mp4(command: Any, manifest: Any, tmp_path: Path) -> None:
+    save(render_clip(sample_clip("colors", np.random.default_rng(4))), tmp_path / "clip.gif")
+    asked = ("generate", "model=shapes-motion", "reward=motion_consistency", "num_inference_steps=2", "sampler.particles=2")
+    result = command(*asked, "prompt=a blue ring", "reference=clip.gif", "video=mp4", "out=o")
+    assert result.code == 0 and "1 video, grid.png" in result.out, result.err
+    (entry,) = manifest(tmp_path / "o")
+    assert entry["image"].endswith(".mp4") and len(read_clip(tmp_path / "o" / entry["image"])) == 8
+    assert Image.open(tmp_path / "o/grid.png").width >= 64
+    save(render_clip(sample_clip("colors", np.random.default_rng(5))), tmp_path / "clip.gif")
+    other = command(*asked, "prompt=a blue ring", "reference=clip.gif", "video=mp4", "out=o")
+    assert other.code == 2 and "other settings" in other.err, "another reference under the same name"
+    for wrong, said in (
+        (("prompt=x", "out=p"), "has no reference"),
+        (("prompt=a ring", "reference=none.gif", "out=p"), "no such clip"),
+        (("prompt=a ring", "reference=clip.gif", "video=avi", "out=p"), "valid: gif, mp4"),
+        (("prompt=a ring", "reference=clip.gif", "reward=clip", "reference_share=0", "out=p"), "reference= has no effect"),
+    ):
+        refused = command(*asked, *wrong)
+        assert refused.code == 2 and said in refused.err and refused.err.count("\n") == 1, refused.err
 
 
 def test_a_reward_of_pictures_scores_a_video_by_its_frames() -> None:
