@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from diffsteer.samplers.best_of_n import BestOfN
-from diffsteer.timing import ORDERS, REFERENCES, SIDES, Timing
-from diffsteer.types import DiffsteerError, setting
+from diffsteer.samplers.timed import Timed
+from diffsteer.timing import REFERENCES, SIDES, Timing
+from diffsteer.types import setting
 
 
 @dataclass(frozen=True)
-class TimeShift(BestOfN):
+class TimeShift(Timed):
     """Each state's variance tells, within a window, the level that it is really at; it is denoised as a state of that level.
 
     Against exposure bias: errors of earlier steps leave states at other levels than the grid says. A heuristic. On exact
@@ -41,26 +41,14 @@ class TimeShift(BestOfN):
         UnsupportedError: a model whose rows cannot be at levels of their own.
     """
 
-    particles: int = setting(1, low=1)
-    eta: float = setting(0.0, low=0, high=1)
     window: float = setting(40.0, low=0)
     cutoff: float = setting(300.0, low=0)
     reference: str = setting("calibrated", choices=REFERENCES)
     data_variance: float | None = setting(None, low=0)
     side: str = setting("conditioning", choices=SIDES)
-    order: int = setting(1, low=min(ORDERS), high=max(ORDERS))
 
     name: ClassVar[str] = "time_shift"
     source: ClassVar[str] = "Li et al., 2023, arXiv 2305.15583"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        try:
-            self.timing  # noqa: B018  # its values are checked where it is made
-        except DiffsteerError as error:
-            raise DiffsteerError(f"{self.name}: {error}") from error
-        if self.order > 1 and self.eta > 0:
-            raise DiffsteerError(f"{self.name}: order={self.order} is a solver without noise: set eta=0")
 
     @property
     def timing(self) -> Timing:

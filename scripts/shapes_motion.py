@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -97,4 +98,8 @@ def stage_export_motion(work: Path, out: Path = MOTION) -> None:
     shutil.rmtree(out, ignore_errors=True)
     unet.save_motion_modules(out, safe_serialization=True)
     MotionAdapter.from_pretrained(out).half().save_pretrained(out, safe_serialization=True)  # what was written was single
+    config = out / "config.json"
+    config.write_text(
+        json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}, indent=2) + "\n"
+    )
     print(sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6, "MB")
