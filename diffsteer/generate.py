@@ -228,6 +228,24 @@ def _load(config: DictConfig, device: str) -> Any:
     return pipe.to(device, getattr(torch, config.model.dtype))
 
 
+def steered_of(config: DictConfig, pipe: Any, sampler: Sampler | None, reward: Any, **objects: Any) -> SteeredPipeline:
+    """The pipeline object that a configuration describes; `objects`: guide, start and schedule, which it names."""
+    names = ("output", "decoder", "transition", "noise", "chunk", "deterministic")
+    return SteeredPipeline(pipe, sampler, reward, **objects, **{name: config[name] for name in names})
+
+
+def given_call(config: DictConfig) -> dict[str, Any]:
+    """The arguments of the pipeline's call that stand under ``call``."""
+    return OmegaConf.to_container(config.call, resolve=True)  # type: ignore[return-value]
+
+
+def call_of(config: DictConfig) -> dict[str, Any]:
+    """All arguments of the pipeline's call, those that have keys of their own included."""
+    scale = {} if config.guidance_scale is None else {"guidance_scale": config.guidance_scale}
+    grids = {name: list(config[name]) for name in ("sigmas", "timesteps") if config[name] is not None}
+    return given_call(config) | scale | grids
+
+
 def _fill(
     folder: Folder,
     config: DictConfig,
@@ -243,14 +261,10 @@ def _fill(
     if not folder.missing:
         folder.finish()
         return
-    names = ("output", "decoder", "transition", "noise", "chunk", "deterministic")
-    objects = {"guide": guide, "start": start, "schedule": build("schedule", config.schedule)}
-    steered = SteeredPipeline(pipe, sampler, reward, **objects, **{name: config[name] for name in names})
+    steered = steered_of(config, pipe, sampler, reward, guide=guide, start=start, schedule=build("schedule", config.schedule))
     prompts, particles = len(folder.missing), sampler.particles if sampler else 1
-    call: dict[str, Any] = OmegaConf.to_container(config.call, resolve=True)  # type: ignore[assignment]
-    check_call(pipe, call)
-    call |= {} if config.guidance_scale is None else {"guidance_scale": config.guidance_scale}
-    call |= {name: list(config[name]) for name in ("sigmas", "timesteps") if config[name] is not None}
+    check_call(pipe, given_call(config))
+    call = call_of(config)
     cost = steered.estimate(prompts, config.num_inference_steps, negative_prompt=config.negative_prompt, **call)
     tiny = f" and {cost.tiny_decodes} tiny ones" if cost.tiny_decodes else ""
     back = f", {cost.backwards} of them backwards" if cost.backwards else ""

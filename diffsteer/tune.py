@@ -17,7 +17,7 @@ from tqdm import tqdm
 from diffsteer import __version__
 from diffsteer.batch import MANIFEST, Item, _number
 from diffsteer.config import build, settings
-from diffsteer.generate import _items, _load, _snapshot, check, rewarded
+from diffsteer.generate import _items, _load, _snapshot, call_of, check, given_call, rewarded, steered_of
 from diffsteer.grids import check_schedule
 from diffsteer.guidance import guidance_of
 from diffsteer.ledger import Ledger
@@ -193,7 +193,7 @@ class Bench:
         from diffsteer.pipes import check_call
 
         pipe = _load(self.config, self.device)
-        check_call(pipe, self._call(given=True))
+        check_call(pipe, given_call(self.config))
         prompts = list(dict.fromkeys(item.prompt for item, _ in self.cases))
         for reward in (self.reward, self.judge):
             if isinstance(reward, Reward):
@@ -203,7 +203,7 @@ class Bench:
     def cost(self, number: int, parameters: dict[str, float]) -> int:
         """Evaluations of all cases."""
         steered = self._steered(number, parameters)
-        call = {"negative_prompt": self.config.negative_prompt, **self._call()}
+        call = {"negative_prompt": self.config.negative_prompt, **call_of(self.config)}
         return steered.estimate(len(self.cases), self.config.num_inference_steps, **call).evaluations
 
     def measure(self, number: int, parameters: dict[str, float], case: int) -> Measured:
@@ -216,30 +216,20 @@ class Bench:
                 ids=[item.id],
                 num_inference_steps=self.config.num_inference_steps,
                 negative_prompt=self.config.negative_prompt,
-                **self._call(),
+                **call_of(self.config),
             )
             reward = float(out.rewards[0, out.chosen[0]])
             seen = Measured(reward, self._judged(out, item.prompt), out.ledger.evaluations, out.ledger.seconds["total"])
             self.record.add(number, parameters, item, seed, seen)
         return self.record.measured[number, item.id, seed]
 
-    def _call(self, given: bool = False) -> dict[str, Any]:
-        """The arguments of the pipeline's call; `given`: those under call= alone."""
-        config = self.config
-        call: dict[str, Any] = OmegaConf.to_container(config.call, resolve=True)  # type: ignore[assignment]
-        if given:
-            return call
-        call |= {} if config.guidance_scale is None else {"guidance_scale": config.guidance_scale}
-        return call | {name: list(config[name]) for name in ("sigmas", "timesteps") if config[name] is not None}
-
     def _steered(self, number: int, parameters: dict[str, float]) -> SteeredPipeline:
         if number == PLAIN:
             method, guide = find("sampler", "best_of_n")(particles=self.sampler.particles, eta=self.sampler.eta), None
         else:
             method, guide = build("sampler", OmegaConf.create(_filled(self.config, parameters))), self.guide
-        names = ("output", "decoder", "transition", "noise", "chunk", "deterministic")
         objects = {"guide": guide, "start": self.start, "schedule": self.schedule}
-        return SteeredPipeline(self.pipe, method, self.reward, **objects, **{name: self.config[name] for name in names})
+        return steered_of(self.config, self.pipe, method, self.reward, **objects)
 
     def _judged(self, out: SteeredOutput, prompt: str) -> float | None:
         sample = out.samples[0, out.chosen[0]]
