@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from diffsteer import rng
 from diffsteer.blocks import Blocks
+from diffsteer.classifier_free import guidance_parts, pulls
 from diffsteer.clip_session import ClipSession
 from diffsteer.conditions import Memory
 from diffsteer.control import Left
 from diffsteer.decoding import size_of
 from diffsteer.history import History
-from diffsteer.hooks import Watch, guidance_parts, tapping, watching
+from diffsteer.hooks import Watch, tapping, watching
 from diffsteer.levels import clock_of, cut_state
 from diffsteer.pipes import (
     asked_of,
@@ -189,6 +190,9 @@ class DiffusersSession(ClipSession):
         """The unconditional and the conditional output of the last block's last step, before they were mixed, (N, ...) each."""
         return guidance_parts(self._outputs, self.shadow.scheduler.prediction, self.guidance_scale)
 
+    def measure_pulls(self) -> None:
+        self.pulls = torch.zeros(self.rows)
+
     def noise(self, rows: Sequence[int] | None = None) -> Tensor:
         """Keyed first states; the given `latents`, scaled as the pipeline scales them, where there are any. Where a picture is
         changed they are the picture with keyed noise."""
@@ -304,6 +308,9 @@ class DiffusersSession(ClipSession):
         finally:
             if hasattr(self.shadow, "maybe_free_model_hooks"):
                 self.shadow.maybe_free_model_hooks()
+        if self.pulls is not None and stop == start + 1:
+            found = pulls(self.shadow.scheduler, self._outputs, self.guidance_scale, self.experts, x, control.at)
+            self.pulls[list(rows)] = found
         self.history.keep(self.shadow.scheduler, rows, stop)
         self._stopped |= bool(getattr(self.shadow, "_interrupt", False))
         return Arrival(out[::count] if self.family.returns_states and out is not None else control.x, control.x0)

@@ -20,12 +20,14 @@ SMALLEST_SIGNAL = 0.02  # alpha by which an update through the network is divide
 
 
 class Scale(NamedTuple):
-    """What normalisers may look at: the level, rms of the noise estimate (N,), rewards (N,), and the most a reward can be."""
+    """What normalisers may look at: the level, rms of the noise estimate (N,), rewards (N,), the most a reward can be, and rms
+    of what classifier-free guidance changed in the noise estimate, (N,), where that is asked for."""
 
     at: Level
     noise: Tensor
     rewards: Tensor
     ceiling: float
+    pulls: Tensor | None = None
 
 
 def _residual(g: Tensor, rms: Tensor, scale: Scale) -> Tensor:
@@ -39,11 +41,18 @@ def _residual(g: Tensor, rms: Tensor, scale: Scale) -> Tensor:
     return g / (2 * loss.clamp(min=1e-12).sqrt()[:, None])
 
 
+def _cfg(g: Tensor, rms: Tensor, scale: Scale) -> Tensor:
+    """Of the size of what classifier-free guidance does: FreeDoM's and MPGD's rule for Stable Diffusion, sample by sample."""
+    assert scale.pulls is not None
+    return g * (scale.pulls.to(g) / rms)[:, None]
+
+
 # From gradients (N, n) and their rms (N,) to updates of the clean estimate with strength 1; all sample by sample.
 NORMALISERS: dict[str, Callable[[Tensor, Tensor, Scale], Tensor]] = {
     "none": lambda g, rms, scale: g,
     "unit": lambda g, rms, scale: g / (rms * g.shape[1] ** 0.5)[:, None],
     "residual": _residual,
+    "cfg": _cfg,
     "step": lambda g, rms, scale: g * (scale.noise * (scale.at.sigma / scale.at.alpha.clamp(min=0.02)).to(g) / rms)[:, None],
     "uncertainty": lambda g, rms, scale: g * (uncertainty(scale.at).to(g) / rms)[:, None],
     "clip": lambda g, rms, scale: g / rms.clamp(min=1)[:, None],
@@ -78,8 +87,10 @@ class Guidance:
     Args:
         clean: strength at x0, without a pass back through the network.
         network: strength through the network.
-        normaliser: none | unit | residual (DPS) | step (of the size of the noise) | uncertainty (a share of what the estimate
-            may be wrong by) | clip (rms at most 1) | adam (moments over the steps; Belardi et al., 2026, arXiv 2603.16797).
+        normaliser: none | unit | residual (DPS) | cfg (of the size of what classifier-free guidance changed in the noise
+            estimate; for pipelines that are under it) | step (of the size of the noise) | uncertainty (a share of what the
+            estimate may be wrong by) | clip (rms at most 1) | adam (moments over the steps; Belardi et al., 2026, arXiv
+            2603.16797).
         schedule: constant | increase | decrease along the run, the mean being the strength.
         iterations: steps at x0.
         recurrence: times that a step is taken, noise being added again in between.

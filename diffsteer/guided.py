@@ -45,6 +45,8 @@ class GuidedWalk:
         self.tapped = tapped(session, reward) if guidance.network > 0 else None
         self.moments = {"clean": Moments(), "network": Moments()} if guidance.normaliser == "adam" else {}
         self.guided = self.skipped = 0
+        if guidance.normaliser == "cfg":
+            session.measure_pulls()
 
     def __call__(self, select: Selection) -> Tensor:
         """The final states, (P * K, ...)."""
@@ -135,7 +137,8 @@ class GuidedWalk:
     ) -> Tensor:
         alpha, sigma = at.like(x)
         noise = ((x - alpha * x0) / sigma).float().flatten(1).square().mean(1).sqrt()
-        scale = Scale(at, noise, rewards.to(noise), self.reward.range[1])
+        pulls = None if self.session.pulls is None else self.session.pulls.to(noise)
+        scale = Scale(at, noise, rewards.to(noise), self.reward.range[1], pulls)
         moved, skipped = update(self.guidance, gradient, scale, strength, path == "network", self.moments.get(path))
         self.skipped += skipped
         return moved

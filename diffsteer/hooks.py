@@ -1,4 +1,4 @@
-"""The denoiser seam: forward hooks that count and time evaluations and keep the guidance's two outputs apart.
+"""The denoiser seam: forward hooks that count and time evaluations, keep outputs, and tap modules.
 
 Hooks are module hooks, never a replaced `forward` (offloading replaces that itself), and do nothing outside the `watching`
 block that they were set for: a context variable says which one is active, so threads and nested runs do not meet.
@@ -107,27 +107,3 @@ def tapping(denoiser: nn.Module, names: Sequence[str], found: dict[str, Tensor])
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def guidance_parts(outputs: list[Tensor], mixed: Tensor, scale: float, tolerance: float = 1e-4) -> tuple[Tensor, Tensor]:
-    """Tell the unconditional from the conditional output by reconstructing what the pipeline made of them.
-
-    Args:
-        outputs: of the denoiser in one step: one tensor of 2N rows, or two of N, in either order.
-        mixed: the prediction (N, ...) that the pipeline handed to its scheduler, ``u + scale (c - u)``.
-        scale: the guidance scale.
-
-    Returns:
-        (unconditional, conditional), each (N, ...).
-
-    Raises:
-        UnsupportedError: no order of the outputs gives `mixed`; also at scale 0.5, where both do.
-    """
-    halves = list(outputs[0].chunk(2)) if len(outputs) == 1 and len(outputs[0]) == 2 * len(mixed) else outputs
-    if len(halves) == 2 and scale != 0.5:
-        size = mixed.abs().mean().clamp(min=1e-12)
-        for u, c in (halves, halves[::-1]):
-            u, c = u[:, : mixed.shape[1]], c[:, : mixed.shape[1]]
-            if float((u + scale * (c - u) - mixed).abs().mean() / size) < tolerance:
-                return u, c
-    raise UnsupportedError(f"guidance layout not recognised: {[tuple(o.shape) for o in outputs]} at scale {scale:g}")

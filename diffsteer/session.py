@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from diffsteer import rng
 from diffsteer.algebra import Level, noise_std
 from diffsteer.blocks import Blocks, Size
+from diffsteer.classifier_free import PULLS
 from diffsteer.control import check_noise
 from diffsteer.ledger import Ledger
 from diffsteer.rng import Id
@@ -21,7 +22,7 @@ from diffsteer.schedules import Schedule
 from diffsteer.selection import Selection
 from diffsteer.start import NoiseTransform, refuse_encoding
 from diffsteer.timing import Clock, Shifted
-from diffsteer.types import DiffsteerError
+from diffsteer.types import DiffsteerError, UnsupportedError
 
 
 class Arrival(NamedTuple):
@@ -63,6 +64,7 @@ class Session(ABC):
     remembers: bool = False  # its solver knows of each row's last steps
     size: tuple[int, int] = (0, 0)  # of what is decoded, height and width
     shifted: Shifted | None = None  # those levels, in the next segment, which is one step
+    pulls: Tensor | None = None  # rms of what classifier-free guidance changed in a row's last noise estimate, (P * K,)
 
     def __init__(
         self,
@@ -127,6 +129,14 @@ class Session(ABC):
             UnsupportedError: a backend or a pipeline that is not known to do so.
         """
         raise refuse_encoding(type(self).__name__)
+
+    def measure_pulls(self) -> None:
+        """Let `pulls` tell, after segments of one step.
+
+        Raises:
+            UnsupportedError: a backend without classifier-free guidance, or that mixes the two outputs out of sight.
+        """
+        raise UnsupportedError(PULLS)
 
     def tapping(self, names: Sequence[str]) -> AbstractContextManager[dict[str, Tensor]]:
         """A context that hands out the outputs of the named modules of the denoiser in the last segment, by name:

@@ -15,8 +15,9 @@ class FreeDoM(Guided):
     """Guidance through the network with recurrences, in the stage of the run where the picture's meaning is decided.
 
     A heuristic; with ``strength=0`` the plain chain. The paper guides steps 30 to 70 of 100 and recurs three times there;
-    stages are noise levels here, so they do not hang on the number of steps. Its rule for the size of a step (a fifth of what
-    classifier-free guidance changes) is not here: the size is a share of the clean estimate's uncertainty.
+    stages are noise levels here, so they do not hang on the number of steps. The size of a step is its rule for Stable
+    Diffusion: a fifth of what classifier-free guidance changes in the noise estimate, sample by sample. Models without that
+    want another normaliser, such as "uncertainty" with a strength of about 0.3.
 
     Cost: at each guided step, `recurrence` times, a decode and a reward forwards and backwards, and the network backwards.
 
@@ -30,13 +31,14 @@ class FreeDoM(Guided):
 
     Raises:
         DiffsteerError: a value out of its range.
+        UnsupportedError: ``normaliser="cfg"`` without classifier-free guidance.
     """
 
-    strength: float = setting(0.3, low=0)
+    strength: float = setting(0.2, low=0)
     recurrence: int = setting(3, low=1)
     highest: float = setting(0.75, low=0, high=1)
     lowest: float = setting(0.3, low=0, high=1)
-    normaliser: str = setting("uncertainty", choices=tuple(NORMALISERS))
+    normaliser: str = setting("cfg", choices=tuple(NORMALISERS))
 
     name: ClassVar[str] = "freedom"
     source: ClassVar[str] = "Yu et al., 2023, arXiv 2303.09833"

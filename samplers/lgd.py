@@ -23,7 +23,7 @@ class LGD(Guided):
         particles: chains a prompt.
         eta: amount of noise in the transition.
         strength: through the network.
-        draws: of the posterior; about 10 in the paper.
+        draws: of the posterior; 10 where others compare with it (Ye et al., 2024).
         smoothing: their standard deviation, in shares of ``sigma / sqrt(alpha^2 + sigma^2)``, which is the paper's.
         normaliser: see `Guidance`.
 

@@ -24,7 +24,8 @@ class MPGD(Guided):
         particles: chains a prompt.
         eta: amount of noise in the transition.
         strength: at x0.
-        normaliser: see `Guidance`; "step" is the paper's rule for Stable Diffusion, where its strength is 15 to 30 percent.
+        normaliser: see `Guidance`. The authors' code has "step" for pixels, with a share that follows the step, and "cfg" for
+            Stable Diffusion, with strengths of 15 to 30 on gradients of a norm: far more than a share of what guidance does.
         highest, lowest: the noise levels ``t = sigma / (alpha + sigma)`` that are guided, see `Guidance`.
 
     Raises:

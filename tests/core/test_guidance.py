@@ -22,7 +22,8 @@ from diffsteer.types import DiffsteerError, Info, Trace
 
 
 def scale_of(time: float, rows: int = 3, reward: float = -2.0, ceiling: float = math.inf) -> Scale:
-    return Scale(level(1 - time, time), torch.full((rows,), 0.8), torch.full((rows,), reward), ceiling)
+    pulls = torch.linspace(0.1, 0.5, rows)
+    return Scale(level(1 - time, time), torch.full((rows,), 0.8), torch.full((rows,), reward), ceiling, pulls)
 
 
 @given(st.floats(0.01, 5), st.floats(0.01, 0.99), st.floats(1e-3, 1e3))
@@ -49,6 +50,7 @@ def test_normalisers_by_hand() -> None:
     torch.testing.assert_close(moved("none", through=True), 2 * g / 0.75)  # divided by alpha
     torch.testing.assert_close(moved("unit"), 2 * g / torch.tensor([[5.0], [0.5]]))
     torch.testing.assert_close(moved("step"), 2 * g * (0.8 * 0.25 / 0.75 / rms)[:, None])
+    torch.testing.assert_close(moved("cfg"), 2 * g * (torch.tensor([0.1, 0.5]) / rms)[:, None])
     torch.testing.assert_close(moved("clip"), 2 * torch.stack([g[0] / rms[0], g[1]]))
     torch.testing.assert_close(moved("residual"), 2 * g / (2 * 2**0.5))  # the loss is 2
     torch.testing.assert_close(moved("residual", reward=1.0, ceiling=10.0), 2 * g / (2 * 3.0))

@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from core.test_backend import PROMPTS, embeddings, open_session, with_scheduler
 from torch import Tensor
 
-from diffsteer import SteeredPipeline
+from diffsteer import SteeredPipeline, UnsupportedError
 from diffsteer.guidance import Guidance
-from diffsteer.guided import pieces
-from diffsteer.samplers import DPS, MPGD, BestOfN, FeynmanKac, UniversalGuidance
+from diffsteer.guided import GuidedWalk, pieces
+from diffsteer.reward import FunctionReward
+from diffsteer.samplers import DPS, MPGD, BestOfN, FeynmanKac, FreeDoM, UniversalGuidance
 
 CALL: dict[str, Any] = {"num_inference_steps": 5, "guidance_scale": 3.0, "seed": 1}
-PROMPTS = ["a red star", "two blue rings"]
 
 
 def red(images: Tensor, prompts: list[str]) -> Tensor:
@@ -37,6 +38,38 @@ def test_guidance_raises_the_reward_in_blocks_as_in_one(toy_pipeline: Any, sampl
     assert not any(p.grad is not None for part in (toy_pipeline.unet, toy_pipeline.vae) for p in part.parameters())
     off = SteeredPipeline(toy_pipeline, BestOfN(2), red, guide=Guidance(clean=0.0))(PROMPTS, **CALL)
     torch.testing.assert_close(off.samples, plain.samples)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_what_classifier_free_guidance_did_is_told_row_by_row(toy_pipeline: Any, prediction: str, chunk: int | None) -> None:
+    """By hand, from the denoiser's own outputs for both texts."""
+    pipe = with_scheduler(toy_pipeline, "DDIMScheduler", prediction_type=prediction)
+    session = open_session(pipe, particles=1, chunk=chunk, call={"guidance_scale": 3.0})
+    session.measure_pulls()
+    x = session.noise()
+    for k in (0, 2):
+        session.segment(x, k, k + 1)
+        t = session.shadow.scheduler._grid[k]
+        u, c = (
+            toy_pipeline.unet(x, t, encoder_hidden_states=embeddings(toy_pipeline, t_)).sample for t_ in (["", ""], PROMPTS)
+        )
+        factor = 3.0 * (1.0 if prediction == "epsilon" else float(session.levels[k].alpha))
+        wanted = factor * (c - u).flatten(1).square().mean(1).sqrt()
+        torch.testing.assert_close(session.pulls, wanted.detach(), rtol=1e-2, atol=1e-6)
+
+
+def test_freedom_moves_by_a_fifth_of_what_guidance_did(toy_pipeline: Any) -> None:
+    always: dict[str, Any] = {"recurrence": 1, "highest": 1.0, "lowest": 0.0}
+    session = open_session(toy_pipeline, call={"guidance_scale": 3.0})
+    walk = GuidedWalk(session, FreeDoM(**always).guidance, FunctionReward(red), PROMPTS)
+    x = session.noise()
+    moved = walk._moved(x, 1)[1].flatten(1).square().mean(1).sqrt()
+    assert session.pulls is not None
+    torch.testing.assert_close(moved, 0.2 * session.pulls / float(session.levels[1].alpha), rtol=1e-4, atol=1e-7)
+    for call in ({"guidance_scale": 1.0}, {"guidance_scale": 0.5}):
+        with pytest.raises(UnsupportedError, match="normaliser=cfg wants a pipeline under classifier-free guidance"):
+            SteeredPipeline(toy_pipeline, FreeDoM(**always), red)(PROMPTS, **CALL | call)
 
 
 def test_guidance_beside_weighted_particles(toy_pipeline: Any) -> None:

@@ -10,7 +10,8 @@ import torch
 from core.test_backend import PROMPTS, embeddings, open_session
 
 from diffsteer import UnsupportedError
-from diffsteer.hooks import Watch, guidance_parts, watching
+from diffsteer.classifier_free import guidance_parts
+from diffsteer.hooks import Watch, watching
 from diffsteer.ledger import Ledger
 
 

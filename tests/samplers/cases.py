@@ -32,7 +32,7 @@ CASES: dict[str, tuple[Callable[[int], Sampler], bool]] = {
     "mpgd": (lambda k: MPGD(k), False),
     "tfg": (lambda k: TFG(k, network=0.1, clean=0.1, iterations=2), False),
     "universal": (lambda k: UniversalGuidance(k), False),
-    "freedom": (lambda k: FreeDoM(k), False),
+    "freedom": (lambda k: FreeDoM(k, normaliser="uncertainty"), False),
     # the toy's samples have one element and no variance: with a window it is tried in test_time_shift.py
     "time_shift": (lambda k: TimeShift(k, eta=1.0, window=0.0), False),
     "epsilon_scaling": (lambda k: EpsilonScaling(k, eta=1.0), False),
@@ -44,7 +44,7 @@ OFF: dict[str, Sampler] = {
     "mpgd": MPGD(strength=0.0),
     "tfg": TFG(network=0.0, clean=0.0),
     "universal": UniversalGuidance(forward=0.0, backward=0.0),
-    "freedom": FreeDoM(strength=0.0),
+    "freedom": FreeDoM(strength=0.0, normaliser="uncertainty"),
     "time_shift": TimeShift(window=0.0, eta=1.0),
     "epsilon_scaling": EpsilonScaling(scale=1.0, eta=1.0),
 }

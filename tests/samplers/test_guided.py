@@ -139,7 +139,7 @@ METHODS = [
     LGD(strength=0.3, draws=3),
     TFG(network=0.1, clean=0.1),
     UniversalGuidance(),
-    FreeDoM(),
+    FreeDoM(strength=0.3, normaliser="uncertainty"),
 ]
 
 
@@ -170,6 +170,7 @@ class Flat(Reward):
         (lambda: run(FeynmanKac(2), guide=UniversalGuidance()), "recurrence goes with no weighted particles"),
         (lambda: run(DPS(), reward=lambda x, p: 1 + x[:, 0].square()), "wants minus a squared distance"),
         (lambda: run(MPGD(), reward=Flat() + position), "and flat has none"),
+        (lambda: run(FreeDoM()), "normaliser=cfg wants a pipeline under classifier-free guidance"),
         (lambda: MPGD(strength=-1.0), "mpgd: guidance: clean=-1"),
         (lambda: DPS(particles=0), "dps: particles=0"),
         (lambda: SteeredPipeline(model("vp"), MPGD()), "selects by a reward"),
