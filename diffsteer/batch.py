@@ -119,7 +119,7 @@ class Folder:
 
     def __post_init__(self) -> None:
         manifest, prompts = self.path / MANIFEST, {item.id: item for item in self.items}
-        _cut_unfinished(self.path / TIMINGS)
+        cut_unfinished(self.path / TIMINGS)
         whole = _whole_lines(manifest)
         for entry in whole:
             if entry["settings"] != self.settings_hash:
@@ -151,7 +151,7 @@ class Folder:
         for p, item in enumerate(items):
             chosen, stem, texts = int(out.chosen[p]), f"{folder}/{item.name}", self.texts(item)
             pairs = zip(out.rewards[p], out.log_weights[p], strict=True)
-            facts = [{"reward": _number(r), "log_weight": _number(w)} for r, w in pairs]
+            facts = [{"reward": finite(r), "log_weight": finite(w)} for r, w in pairs]
             entry: dict[str, Any] = {
                 "id": item.id,
                 "prompt": item.prompt,
@@ -159,8 +159,8 @@ class Folder:
                 "image": stem + suffix,
                 **facts[chosen],
             }
-            exponent = _number(out.trace.events[-1].exponent[p]) if out.trace.events else None
-            entry |= {"log_z": _number(out.log_z[p]), "exponent": exponent}
+            exponent = finite(out.trace.events[-1].exponent[p]) if out.trace.events else None
+            entry |= {"log_z": finite(out.log_z[p]), "exponent": exponent}
             entry |= {"ledger": counts, "settings": self.settings_hash}
             if output == "all" and len(images) == len(items) * per:
                 names = [f"{stem}_{k:02d}{suffix}" for k in range(per)]
@@ -172,10 +172,10 @@ class Folder:
                 _save(images[p], self.path / entry["image"], texts)
             self.entries[item.id] = entry
             lines.append(entry)
-        _append(self.path / MANIFEST, lines)
+        append(self.path / MANIFEST, lines)
         ledger = out.ledger
         rest = {"forwards": ledger.forwards, "padding": ledger.padding, "peak_memory": ledger.peak_memory}
-        _append(self.path / TIMINGS, [{"ids": [i.id for i in items], "seconds": ledger.seconds, **rest}])
+        append(self.path / TIMINGS, [{"ids": [i.id for i in items], "seconds": ledger.seconds, **rest}])
 
     def finish(self) -> None:
         """Put the manifest in the order of the items, lines of prompts that are not asked for now last; draw the sheet."""
@@ -183,7 +183,7 @@ class Folder:
         entries = [self.entries[id] for id in dict.fromkeys([*asked, *self.entries])]
         text = "".join(_line(entry) for entry in entries)
         if not (self.path / MANIFEST).is_file() or (self.path / MANIFEST).read_text(encoding="utf-8") != text:
-            with _replacing(self.path / MANIFEST) as part:
+            with replacing(self.path / MANIFEST) as part:
                 part.write_text(text, encoding="utf-8")
         shown = [e for e in (self.entries[id] for id in asked[:SHOWN]) if not e["image"].endswith(".wav")]
         sheet([[self.path / e["image"] for e in shown]], [e["prompt"] for e in shown], self.path / GRID)
@@ -230,7 +230,7 @@ def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a manifest; a last one that a stopped run left unfinished is cut off the file."""
     if not path.is_file():
         return
-    whole = _cut_unfinished(path)
+    whole = cut_unfinished(path)
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             entry = json.loads(line)
@@ -242,18 +242,18 @@ def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
         yield entry
 
 
-def _cut_unfinished(path: Path) -> bytes:
+def cut_unfinished(path: Path) -> bytes:
     """Cut off a last line that a stopped run left unfinished; return what stays."""
     data = path.read_bytes() if path.is_file() else b""
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
-        with _replacing(path) as part:
+        with replacing(path) as part:
             part.write_bytes(whole)
     return whole
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A file to write instead of `path`, which it replaces at once when it is whole."""
     part = path.with_name(f".{path.name}.part")
     yield part
@@ -263,11 +263,11 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def _save(made: Any, path: Path, texts: dict[str, str]) -> None:
-    with _replacing(path) as part:
+    with replacing(path) as part:
         media.save(made, part, texts)
 
 
-def _append(path: Path, entries: Sequence[dict[str, Any]]) -> None:
+def append(path: Path, entries: Sequence[dict[str, Any]]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(_line(entry) for entry in entries))
         file.flush()
@@ -278,7 +278,7 @@ def _line(entry: dict[str, Any]) -> str:
     return json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _number(value: Any) -> float | None:
+def finite(value: Any) -> float | None:
     """A finite number, or None: JSON has no others."""
     value = float(value)
     return value if math.isfinite(value) else None

@@ -18,10 +18,12 @@ from diffsteer.algebra import noise_std
 from diffsteer.blocks import Blocks, Size, check_size
 from diffsteer.control import Control, check_noise
 from diffsteer.families import family_of
+from diffsteer.grids import check_schedule
 from diffsteer.ledger import Ledger
 from diffsteer.particles import reindex
 from diffsteer.reward import Reward, RewardFunction, as_reward, prepare
 from diffsteer.scheduler import install
+from diffsteer.schedules import Schedule
 from diffsteer.selection import Scorer, Selection, check_inputs, choose
 from diffsteer.types import Context, DiffsteerError, Problem, Sampler, Trace
 
@@ -39,6 +41,7 @@ def steered(
     chunk: Size = None,
     seed: int | None = None,
     noise: str = "eta",
+    schedule: Schedule | None = None,
 ) -> Any:
     """A scheduler of the user's own class that steers whatever pipeline it is put on.
 
@@ -61,12 +64,13 @@ def steered(
         chunk: at most so many rows in the decoder and the reward at a time.
         seed: the key of the randomness of every run, whatever generator comes.
         noise: what the sampler's eta is a share of, as for `SteeredPipeline`.
+        schedule: walked, with as many steps, in the place of the grid that the pipeline asks for.
 
     Raises:
         UnsupportedError: a scheduler that has no one-step transition.
         DiffsteerError: no prompts, no reward, or (when it runs) a number of rows that is not prompts x particles.
     """
-    return install(scheduler, Steering(sampler, reward, decoder, prompts, ids, choice, output, chunk, seed, noise))
+    return install(scheduler, Steering(sampler, reward, decoder, prompts, ids, choice, output, chunk, seed, noise, schedule))
 
 
 class Steering(Control):
@@ -84,9 +88,11 @@ class Steering(Control):
         chunk: Size,
         seed: int | None,
         noise: str,
+        schedule: Schedule | None,
     ) -> None:
         check_noise(noise)
-        self.noise_kind = noise
+        check_schedule(schedule, sampler is not None, "own")
+        self.noise_kind, self.schedule = noise, schedule
         self.sampler, self.output = sampler, output
         self.eta = None if sampler is None else sampler.eta
         self.seed = self.given_seed = seed

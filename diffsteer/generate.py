@@ -66,7 +66,7 @@ def generate_folder(config: DictConfig, out: Path, shown: str) -> None:
         DiffsteerError: wrong input, said before any work is done; a reward or an item that fails, what was done staying.
     """
     demo = check(config)
-    items = _items(config)
+    items = items_of(config)
     sampler = build("sampler", config.sampler)
     reward, start = rewarded(config)
     guide = build("guide", config.guide)
@@ -83,10 +83,10 @@ def generate_folder(config: DictConfig, out: Path, shown: str) -> None:
     folder = runs["steered" if sampler else PLAIN][0]
     if demo and sampler is not None:
         runs = {PLAIN: made(out / PLAIN, find("sampler", "best_of_n")(particles=1, eta=sampler.eta)), **runs}
-    _snapshot(config, out)
+    snapshot(config, out)
     todo = sum(len(f.missing) for f, _ in runs.values())
     kept = len(items) - len(folder.missing)
-    pipe = _load(config, device) if todo else None
+    pipe = load(config, device) if todo else None
     if pipe is not None and reward is not None:  # a prompt that cannot be scored is refused before any other is done
         reward.prepare([item.prompt for item in folder.missing], Context(embedded=is_embedded(pipe)))
     for f, method in runs.values():
@@ -178,7 +178,7 @@ def check(config: DictConfig, prompted: bool = False) -> bool:
     return demo
 
 
-def _items(config: DictConfig) -> list[Item]:
+def items_of(config: DictConfig) -> list[Item]:
     if config.prompts is not None:
         items = read_items(config.prompts)
     else:
@@ -208,7 +208,7 @@ def _texts(
     return texts
 
 
-def _snapshot(config: DictConfig, out: Path) -> None:
+def snapshot(config: DictConfig, out: Path) -> None:
     """Hydra's snapshot, as Hydra writes it."""
     (out / ".hydra").mkdir(exist_ok=True)
     whole: Any = HydraConfig.instance().cfg
@@ -217,7 +217,7 @@ def _snapshot(config: DictConfig, out: Path) -> None:
         (out / ".hydra" / f"{name}.yaml").write_text(as_yaml(part), encoding="utf-8")
 
 
-def _load(config: DictConfig, device: str) -> Any:
+def load(config: DictConfig, device: str) -> Any:
     from diffsteer.pipes import quiet, refuse_by_name
 
     quiet()

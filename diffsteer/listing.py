@@ -1,4 +1,4 @@
-"""What ``diffsteer list`` tells: the facts that samplers, rewards and models state of themselves."""
+"""What ``diffsteer list`` tells: the facts that samplers, rewards, models and schedules state of themselves."""
 
 from __future__ import annotations
 
@@ -56,4 +56,17 @@ def _parameters(cls: type[Any]) -> Iterator[str]:
         yield " " * 17 + ", ".join(f.name if f.default is dataclasses.MISSING else f"{f.name}={f.default}" for f in fields)
 
 
-KINDS: dict[str, Callable[[], Iterator[str]]] = {"samplers": samplers, "rewards": rewards, "models": models}
+def schedules() -> Iterator[str]:
+    """Of each schedule: where it comes from, its parameters."""
+    for name, cls in sorted(registered("schedule").items()):
+        yield f"{name:16} {cls.source}"
+        yield from _parameters(cls)
+    yield f"{'none':16} the model's own; timesteps=[...] or sigmas=[...] give numbers"
+
+
+KINDS: dict[str, Callable[[], Iterator[str]]] = {
+    "samplers": samplers,
+    "rewards": rewards,
+    "models": models,
+    "schedules": schedules,
+}

@@ -15,9 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from diffsteer import __version__
-from diffsteer.batch import MANIFEST, Item, _number
+from diffsteer.batch import MANIFEST, Item, finite
 from diffsteer.config import build, settings
-from diffsteer.generate import _items, _load, _snapshot, call_of, check, given_call, rewarded, steered_of
+from diffsteer.generate import call_of, check, given_call, items_of, load, rewarded, snapshot, steered_of
 from diffsteer.grids import check_schedule
 from diffsteer.guidance import guidance_of
 from diffsteer.ledger import Ledger
@@ -60,7 +60,7 @@ def tune_folder(config: DictConfig, out: Path, shown: str) -> None:
     _check_name(name)
     if not 0 <= plain.seed + told.seeds - 1 < 2**63:
         raise DiffsteerError(f"seed={plain.seed}; tune.seeds={told.seeds} of them lie in [0, 2^63)")
-    items = _items(plain)
+    items = items_of(plain)
     judge = _judge(plain, told.holdout, items)
     bench = Bench(plain, sampler, [(item, plain.seed + s) for s in range(told.seeds) for item in items], judge)
     asked = {"parameters": {k: vars(r) for k, r in ranges.items()}, "holdout": _plainly(told.holdout), "seeds": told.seeds}
@@ -70,7 +70,7 @@ def tune_folder(config: DictConfig, out: Path, shown: str) -> None:
     if (out / MANIFEST).exists():
         raise DiffsteerError(f"{out / MANIFEST} is of diffsteer generate; choose another out=")
     bench.record = Record(out / RECORD, digested)
-    _snapshot(config, out)
+    snapshot(config, out)
     with tqdm(total=told.trials + 1, unit="trial", disable=None) as bar:
 
         def done(trial: Trial) -> None:
@@ -192,7 +192,7 @@ class Bench:
         """Loaded once, its call's arguments and the rewards' prompts checked."""
         from diffsteer.pipes import check_call
 
-        pipe = _load(self.config, self.device)
+        pipe = load(self.config, self.device)
         check_call(pipe, given_call(self.config))
         prompts = list(dict.fromkeys(item.prompt for item, _ in self.cases))
         for reward in (self.reward, self.judge):
@@ -241,7 +241,7 @@ class Bench:
             return float(look(sample, prompt).correct)
         done = out.trace.events[-1].done
         scorer = Scorer(self.judge, None, [prompt], Ledger(), is_embedded(self.pipe))
-        return _number(scorer.score(sample[None], done, done)[0, 0])
+        return finite(scorer.score(sample[None], done, done)[0, 0])
 
 
 def _filled(config: DictConfig, parameters: dict[str, float]) -> dict[str, Any]:

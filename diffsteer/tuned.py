@@ -12,8 +12,7 @@ from typing import Any
 
 import yaml
 
-from diffsteer.batch import Item, _append, _cut_unfinished, _replacing
-from diffsteer.batch import _number as finite
+from diffsteer.batch import Item, append, cut_unfinished, finite, replacing
 from diffsteer.tuning import FAILED, PLAIN, Measured, Trial, best_of
 from diffsteer.types import DiffsteerError
 
@@ -32,7 +31,7 @@ class Record:
     parameters: dict[int, dict[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for number, text in enumerate(_cut_unfinished(self.path).splitlines(), 1):
+        for number, text in enumerate(cut_unfinished(self.path).splitlines(), 1):
             try:
                 line = json.loads(text)
                 reward = math.nan if line["reward"] is None else line["reward"]
@@ -48,7 +47,7 @@ class Record:
         """Keep it, on disk first."""
         entry: dict[str, Any] = {"trial": trial, "parameters": parameters, "id": item.id, "prompt": item.prompt, "seed": seed}
         entry |= {"reward": finite(measured.reward), "holdout": measured.holdout, "evaluations": measured.evaluations}
-        _append(self.path, [entry | {"seconds": round(measured.seconds, 3), "settings": self.settings_hash}])
+        append(self.path, [entry | {"seconds": round(measured.seconds, 3), "settings": self.settings_hash}])
         self.measured[trial, item.id, seed], self.parameters[trial] = measured, parameters
 
 
@@ -104,7 +103,7 @@ def write_sampler(path: Path, method: str, values: dict[str, Any], comments: Seq
 def write(path: Path, text: str) -> None:
     """A file, whole or not at all; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(path) as part:
+    with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
 
 

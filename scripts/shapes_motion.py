@@ -17,7 +17,8 @@ from diffsteer.shapes.models import WEIGHTS
 from diffsteer.shapes.scene import caption
 
 MOTION = WEIGHTS / "sd-motion"
-CLIPS, MOTION_STEPS, MOTION_BATCH = 12_000, 3_600, 8
+CLIPS, MOTION_BATCH = 12_000, 8
+ROUNDS = {"motion": (3_600, 2e-3), "motion_more": (4_000, 1.5e-3)}  # steps and rate, one after the other
 
 
 @torch.no_grad()
@@ -82,8 +83,14 @@ def stage_motion(work: Path) -> None:
         error = unet(noisy, t, encoder_hidden_states=words[asked].repeat_interleave(FRAMES, 0)).sample.transpose(1, 2) - noise
         return (weights[t] * error.square().mean((1, 2, 3, 4))).mean()
 
-    trained = train("motion", work, unet, loss_of, MOTION_STEPS, 2e-3)
-    torch.save({k: v for k, v in trained.state_dict().items() if "motion_modules" in k}, work / "motion.pt")
+    offset = 0
+    for name, (steps, rate) in ROUNDS.items():
+        path = work / f"{name}.pt"
+        if not path.exists():
+            trained = train(name, work, unet, lambda step, offset=offset: loss_of(step + offset), steps, rate)  # type: ignore[misc]
+            torch.save({k: v for k, v in trained.state_dict().items() if "motion_modules" in k}, path)
+        unet.load_state_dict(unet.state_dict() | torch.load(path, weights_only=True))
+        offset += steps
 
 
 def stage_export_motion(work: Path, out: Path = MOTION) -> None:
@@ -94,7 +101,7 @@ def stage_export_motion(work: Path, out: Path = MOTION) -> None:
         UNet2DConditionModel.from_pretrained(WEIGHTS / "sd" / "unet").float(), make_motion_adapter()
     )
     state = unet.state_dict()
-    unet.load_state_dict(state | torch.load(work / "motion.pt", weights_only=True))
+    unet.load_state_dict(state | torch.load(work / f"{list(ROUNDS)[-1]}.pt", weights_only=True))
     shutil.rmtree(out, ignore_errors=True)
     unet.save_motion_modules(out, safe_serialization=True)
     MotionAdapter.from_pretrained(out).half().save_pretrained(out, safe_serialization=True)  # what was written was single

@@ -179,6 +179,8 @@ def test_lists_state_facts(command: Any) -> None:
     assert "fk" in samplers and "arXiv 2501.06848" in samplers and "target_ess=0.5" in samplers and "a heuristic" in samplers
     rewards = command("list", "rewards").out
     assert all(name in rewards for name in registered("reward")) and "quality=95" in rewards and "licence" in rewards
+    schedules = command("list", "schedules").out
+    assert "Sabour et al." in schedules and "rho=7.0" in schedules
     shown = command("list", "models").out
     assert "stable-diffusion-v1-5/stable-diffusion-v1-5" in shown and all(str(path) in shown for path in models.MODELS.values())
 

@@ -266,7 +266,7 @@ def test_a_stopped_search_goes_on(stop: Any, tune: Callable[..., Any], tmp_path:
     assert done.code == 0 and lines(tmp_path / "o") == whole
     assert (tmp_path / "o/trials.jsonl").read_bytes().split(b"\n")[:4] == lines_before[:4]
 
-    monkeypatch.setattr("diffsteer.tune._load", lambda *args: pytest.fail("nothing is left to do"))
+    monkeypatch.setattr("diffsteer.tune.load", lambda *args: pytest.fail("nothing is left to do"))
     assert tune("tune.trials=2", "out=o").code == 0 and lines(tmp_path / "o") == whole  # what is there is never dropped
     other = tune("tune.trials=3", "seed=1", "out=o")
     assert other.code == 2 and "other settings" in other.err and lines(tmp_path / "o") == whole

@@ -11,8 +11,9 @@ import torch
 from families.toys import TOYS
 from torch import Tensor
 
-from diffsteer import DiffsteerError, UnsupportedError, decoder_of, steered
+from diffsteer import DiffsteerError, SteeredPipeline, UnsupportedError, decoder_of, steered
 from diffsteer.samplers import BestOfN, FeynmanKac
+from diffsteer.schedules import Karras
 
 PROMPTS = ["a red circle", "two stars"]
 
@@ -262,3 +263,22 @@ def test_output_objects_and_tuples(toy_pipeline: Any) -> None:
     half = x.half()
     new.set_timesteps(5)
     assert new.step(half, new.timesteps[0], half, return_dict=False)[0].dtype == torch.float16
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler"])
+def test_a_schedule_is_walked_as_by_the_pipeline_object(toy_pipeline: Any, name: str) -> None:
+    """The same keyed noises on the same levels: what both draw is the same."""
+    pipe = copy.copy(toy_pipeline)
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    whole = SteeredPipeline(pipe, FeynmanKac(4), brightness, schedule=Karras(), output="all")
+    wanted = whole(PROMPTS, num_inference_steps=6, seed=3, latents=torch.randn(8, 4, 8, 8, generator=torch.Generator()))
+    dropped = put(pipe, FeynmanKac(4), schedule=Karras(), seed=3)
+    call(dropped, latents=torch.randn(8, 4, 8, 8, generator=torch.Generator()), num_inference_steps=6)
+    torch.testing.assert_close(
+        dropped.scheduler.steering.rewards.sort(1).values, wanted.rewards.sort(1).values, rtol=1e-3, atol=1e-3
+    )
+    plain = put(pipe, FeynmanKac(4), seed=3)
+    call(plain, latents=torch.randn(8, 4, 8, 8, generator=torch.Generator()), num_inference_steps=6)
+    assert not torch.allclose(plain.scheduler.steering.rewards, dropped.scheduler.steering.rewards, atol=0.1)
+    with pytest.raises(DiffsteerError, match="a schedule wants a sampler"):
+        steered(pipe.scheduler, None, schedule=Karras())
