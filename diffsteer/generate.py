@@ -22,11 +22,13 @@ from diffsteer.blocks import check_size
 from diffsteer.config import Config, as_yaml, build, settings
 from diffsteer.grids import check_schedule
 from diffsteer.guidance import guidance_of
+from diffsteer.measured import settled
 from diffsteer.media import as_clip, check_video
 from diffsteer.pipeline import TRANSITIONS, SteeredPipeline, check_effect, load_pipeline
 from diffsteer.registry import find, nearest
 from diffsteer.reward import Reward
 from diffsteer.run import OUTPUTS
+from diffsteer.schedules import Schedule
 from diffsteer.shapes.models import MODELS, digest, is_embedded
 from diffsteer.sheet import first_frame, sheet
 from diffsteer.start import NoiseTransform, ReferenceNoise
@@ -89,9 +91,10 @@ def generate_folder(config: DictConfig, out: Path, shown: str) -> None:
     pipe = load(config, device) if todo else None
     if pipe is not None and reward is not None:  # a prompt that cannot be scored is refused before any other is done
         reward.prepare([item.prompt for item in folder.missing], Context(embedded=is_embedded(pipe)))
+    schedule = None if pipe is None else schedule_of(config, pipe, [i.prompt for i in items], out)
     for f, method in runs.values():
         steers = method is sampler  # the other of a demonstration is plain
-        _fill(f, config, pipe, method, reward, guide if steers else None, start if steers else None)
+        _fill(f, config, pipe, method, reward, guide if steers else None, start if steers else None, schedule)
     if demo:
         _show_demo({name: f for name, (f, _) in runs.items()})
     before = f"; {kept} of them were there already" if kept else ""
@@ -246,6 +249,13 @@ def call_of(config: DictConfig) -> dict[str, Any]:
     return given_call(config) | scale | grids
 
 
+def schedule_of(config: DictConfig, pipe: Any, prompts: list[Any], out: Path) -> Schedule | None:
+    """The schedule that a configuration names, measured if it is one of those, which is kept in the folder."""
+    call = {k: v for k, v in call_of(config).items() if k not in ("sigmas", "timesteps")}
+    named = build("schedule", config.schedule)
+    return settled(named, pipe, prompts, config.num_inference_steps, out / "schedule.json", **call)
+
+
 def _fill(
     folder: Folder,
     config: DictConfig,
@@ -254,6 +264,7 @@ def _fill(
     reward: Any,
     guide: Sampler | None,
     start: NoiseTransform | None = None,
+    schedule: Schedule | None = None,
 ) -> None:
     """One folder: the estimate, then the work with a progress bar."""
     from diffsteer.pipes import check_call
@@ -261,7 +272,7 @@ def _fill(
     if not folder.missing:
         folder.finish()
         return
-    steered = steered_of(config, pipe, sampler, reward, guide=guide, start=start, schedule=build("schedule", config.schedule))
+    steered = steered_of(config, pipe, sampler, reward, guide=guide, start=start, schedule=schedule)
     prompts, particles = len(folder.missing), sampler.particles if sampler else 1
     check_call(pipe, given_call(config))
     call = call_of(config)

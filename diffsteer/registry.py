@@ -11,7 +11,12 @@ from typing import Any
 from diffsteer.types import DiffsteerError
 from diffsteer.types import nearest as nearest
 
-KINDS = {"sampler": "diffsteer.samplers", "reward": "diffsteer.rewards", "schedule": "diffsteer.schedules"}
+# The modules whose `__all__` ships; the group of entry points has the first one's name.
+KINDS = {
+    "sampler": ("diffsteer.samplers",),
+    "reward": ("diffsteer.rewards",),
+    "schedule": ("diffsteer.schedules", "diffsteer.measured"),
+}
 
 
 def registered(kind: str) -> dict[str, type[Any]]:
@@ -21,10 +26,10 @@ def registered(kind: str) -> dict[str, type[Any]]:
     Raises:
         DiffsteerError: a plug-in that cannot be imported.
     """
-    module = importlib.import_module(KINDS[kind])
-    shipped: list[Any] = [cls for cls in (getattr(module, name) for name in module.__all__) if inspect.isclass(cls)]
+    modules = [importlib.import_module(name) for name in KINDS[kind]]
+    shipped: list[Any] = [cls for m in modules for cls in (getattr(m, name) for name in m.__all__) if inspect.isclass(cls)]
     found: dict[str, type[Any]] = {cls.name: cls for cls in shipped if isinstance(getattr(cls, "name", None), str)}
-    for point in entry_points(group=KINDS[kind]):
+    for point in entry_points(group=KINDS[kind][0]):
         try:
             found.setdefault(point.name, point.load())
         except (ImportError, AttributeError) as error:

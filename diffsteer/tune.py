@@ -17,7 +17,17 @@ from tqdm import tqdm
 from diffsteer import __version__
 from diffsteer.batch import MANIFEST, Item, finite
 from diffsteer.config import build, settings
-from diffsteer.generate import call_of, check, given_call, items_of, load, rewarded, snapshot, steered_of
+from diffsteer.generate import (
+    call_of,
+    check,
+    given_call,
+    items_of,
+    load,
+    rewarded,
+    schedule_of,
+    snapshot,
+    steered_of,
+)
 from diffsteer.grids import check_schedule
 from diffsteer.guidance import guidance_of
 from diffsteer.ledger import Ledger
@@ -198,6 +208,7 @@ class Bench:
         for reward in (self.reward, self.judge):
             if isinstance(reward, Reward):
                 prepare(reward, prompts, Context(embedded=is_embedded(pipe)))
+        self.schedule = schedule_of(self.config, pipe, prompts, self.record.path.parent)
         return pipe
 
     def cost(self, number: int, parameters: dict[str, float]) -> int:
@@ -228,8 +239,9 @@ class Bench:
             method, guide = find("sampler", "best_of_n")(particles=self.sampler.particles, eta=self.sampler.eta), None
         else:
             method, guide = build("sampler", OmegaConf.create(_filled(self.config, parameters))), self.guide
+        pipe = self.pipe  # which settles the schedule
         objects = {"guide": guide, "start": self.start, "schedule": self.schedule}
-        return steered_of(self.config, self.pipe, method, self.reward, **objects)
+        return steered_of(self.config, pipe, method, self.reward, **objects)
 
     def _judged(self, out: SteeredOutput, prompt: str) -> float | None:
         sample = out.samples[0, out.chosen[0]]

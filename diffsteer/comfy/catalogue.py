@@ -16,12 +16,12 @@ V3 = "comfy_api.v0_0_2"  # a version of ComfyUI's interface that stays as it is
 
 
 def nodes(host: Host = HOST) -> list[Node]:
-    """Every node: those that are written, and one a registered sampler (that can be one), reward and schedule. One of these
-    that cannot be a node is left out, and said."""
+    """Every node: those that are written, and one a registered sampler (that can be one), reward and schedule (not those that a
+    run measures). One of these that cannot be a node is left out, and said."""
     found = sampling.nodes(host)
     for kind, make in (("sampler", partial(sampler_node, host=host)), ("reward", reward_node), ("schedule", schedule_node)):
         for name, cls in sorted(registered(kind).items()):
-            if kind == "sampler" and not sampling.is_a_node(cls):
+            if (kind == "sampler" and not sampling.is_a_node(cls)) or hasattr(cls, "measured"):
                 continue
             try:
                 found.append(make(name, cls))

@@ -180,7 +180,7 @@ def test_lists_state_facts(command: Any) -> None:
     rewards = command("list", "rewards").out
     assert all(name in rewards for name in registered("reward")) and "quality=95" in rewards and "licence" in rewards
     schedules = command("list", "schedules").out
-    assert "Sabour et al." in schedules and "rho=7.0" in schedules
+    assert "Sabour et al." in schedules and "rho=7.0" in schedules and "loss_mass" in schedules
     shown = command("list", "models").out
     assert "stable-diffusion-v1-5/stable-diffusion-v1-5" in shown and all(str(path) in shown for path in models.MODELS.values())
 

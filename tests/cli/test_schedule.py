@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,17 @@ from typing import Any
 import pytest
 
 from diffsteer import SteeredPipeline, load_pipeline
+from diffsteer.profiles import gits_schedule, local_deviation, loss_mass, trajectory
 from diffsteer.rewards import ClipScore
-from diffsteer.samplers import FeynmanKac
+from diffsteer.samplers import BestOfN, FeynmanKac
 from diffsteer.schedules import AYS, Given
 
 PROMPT = "a red circle"
+
+
+def by_gits(pipe: Any, prompts: list[str]) -> Given:
+    teacher = trajectory(pipe, prompts, steps=8)
+    return gits_schedule(teacher, local_deviation(teacher), 3)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +44,48 @@ def test_it_is_what_python_does(
 
 
 @pytest.mark.parametrize(
+    ("argv", "measure"),
+    [
+        (
+            ("schedule=loss_mass", "schedule.prompts=2", "schedule.cells=4", "schedule.steps=4"),
+            lambda pipe, prompts: loss_mass(pipe, prompts, cells=4, steps=4),
+        ),
+        (("schedule=gits", "schedule.prompts=2", "schedule.teacher=8"), by_gits),
+    ],
+)
+def test_one_that_is_measured_is_measured_once_and_kept(
+    command: Callable[..., Any],
+    manifest: Callable[..., Any],
+    tmp_path: Path,
+    argv: tuple[str, ...],
+    measure: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    prompts = [PROMPT, "a blue star", "three rings"]
+    (tmp_path / "some.txt").write_text("\n".join(prompts))
+    args = ("prompts=some.txt", "sampler=best_of_n", "sampler.particles=1", "num_inference_steps=3", "out=here", *argv)
+    done = command("generate", *args)
+    assert done.code == 0, done.err
+    pipe = load_pipeline("shapes")
+    schedule = measure(pipe, prompts[:2])
+    kept = json.loads((tmp_path / "here" / "schedule.json").read_text())
+    assert tuple(kept.get("values", kept.get("masses"))) == getattr(schedule, "values", getattr(schedule, "masses", None))
+    out = SteeredPipeline(pipe, BestOfN(1), ClipScore(), schedule=schedule)(prompts, num_inference_steps=3, seed=0)
+    found = [entry["reward"] for entry in manifest(tmp_path / "here")]
+    assert found == pytest.approx([float(r) for r in out.rewards[:, 0]], abs=0.05)
+    # prompts that come later walk what was measured before
+    (tmp_path / "some.txt").write_text("\n".join([*prompts, "a cross"]))
+    monkeypatch.setattr("diffsteer.measured.loss_mass", lambda *a, **k: pytest.fail("measured again"))
+    monkeypatch.setattr("diffsteer.measured.trajectory", lambda *a, **k: pytest.fail("measured again"))
+    assert command("generate", *args).code == 0
+    (tmp_path / "some.txt").write_text("\n".join([*prompts, "a cross", "a ring"]))
+    (tmp_path / "here" / "schedule.json").write_text("[]")
+    again = command("generate", *args)
+    assert again.code == 2 and "schedule.json holds no schedule" in again.err and len(again.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
     ("argv", "said"),
     [
         (("schedule=aYs",), "did you mean 'ays'?"),
@@ -49,6 +98,9 @@ def test_it_is_what_python_does(
         (("sigmas=3",), "wanted numbers that fall"),
         (("timesteps=[5000,1]",), "timesteps lie in [0, 999]"),
         (("schedule=",), "schedule= is no option"),
+        (("schedule=gits", "schedule.teacher=0"), "gits: teacher=0; at least 1 is needed"),
+        (("schedule=loss_mass", "schedule.cells=1"), "loss_mass: cells=1; at least 2 are needed"),
+        (("schedule=gits", "schedule.teacher=2", "num_inference_steps=5"), "gits: steps=5; this cost has 1 to 2"),
     ],
 )
 def test_what_cannot_be_is_refused(command: Callable[..., Any], tmp_path: Path, argv: tuple[str, ...], said: str) -> None:

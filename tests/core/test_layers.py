@@ -24,7 +24,7 @@ FLOORS = [
     ["timing", "start"],
     ["blocks", "media", "fingerprint"],
     ["levels", "events", "particles", "resampling", "reward", "hooks", "decoding", "conditions"]
-    + ["guidance", "schedules", "grids", "lineage", "correlation"],
+    + ["guidance", "classifier_free", "schedules", "grids", "lineage", "correlation"],
     ["families"],
     ["tiny"],
     ["pipes", "embedded"],
@@ -38,6 +38,7 @@ FLOORS = [
     ["loading"],
     ["pipeline", "dropin", "toy"],
     ["profiles"],
+    ["measured"],
     ["sheet"],
     ["registry", "config", "batch", "listing", "generate", "cli", "__main__"] + ["ranges", "tuning", "tuned", "tune"],
 ]
