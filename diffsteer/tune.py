@@ -17,6 +17,7 @@ from tqdm import tqdm
 from diffsteer import __version__
 from diffsteer.batch import MANIFEST, Item, finite
 from diffsteer.config import build, settings
+from diffsteer.fingerprint import fingerprints
 from diffsteer.generate import (
     call_of,
     check,
@@ -74,6 +75,7 @@ def tune_folder(config: DictConfig, out: Path, shown: str) -> None:
     judge = _judge(plain, told.holdout, items)
     bench = Bench(plain, sampler, [(item, plain.seed + s) for s in range(told.seeds) for item in items], judge)
     asked = {"parameters": {k: vars(r) for k, r in ranges.items()}, "holdout": _plainly(told.holdout), "seeds": told.seeds}
+    asked["judge"] = fingerprints({"holdout": asked["holdout"]}, out)
     own = {"weights": digest(plain.model.path)} if plain.model.path in MODELS else {}
     prompts = [[item.id, item.prompt] for item in items]
     _, digested = settings(plain, device=bench.device.partition(":")[0], tune=asked, tuned_on=prompts, **own)

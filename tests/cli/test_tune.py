@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from diffsteer import SteeredPipeline, load_pipeline
 from diffsteer.ranges import Range, ranges_of
 from diffsteer.rewards import ClipScore
 from diffsteer.samplers import MPGD, TFG, FeynmanKac
+from diffsteer.shapes.models import WEIGHTS
 from diffsteer.tuned import warnings_of
 from diffsteer.tuning import DONE, FAILED, PLAIN, PRUNED, Measured, Trial, best_of, search
 from diffsteer.types import DiffsteerError
@@ -293,3 +295,13 @@ def test_it_does_not_write_into_a_folder_of_pictures(tune: Callable[..., Any], t
         and "choose another out=" in done.err
         and [p.name for p in (tmp_path / "o").iterdir()] == ["manifest.jsonl"]
     )
+
+
+def test_another_judge_of_the_same_name_is_other_settings(tune: Callable[..., Any], tmp_path: Path) -> None:
+    shutil.copytree(WEIGHTS / "clip2", tmp_path / "judge")
+    judge = ("tune.holdout={name: clip, model_name: 'local-dir:judge'}", "tune.trials=1", "out=o")
+    assert tune(*judge).code == 0
+    assert tune(*judge).code == 0
+    (tmp_path / "judge" / "more.txt").write_text("other weights")
+    again = tune(*judge)
+    assert again.code == 2 and "other settings" in again.err and again.err.count("\n") == 1
