@@ -31,7 +31,8 @@ from diffsteer.timing import reference_variance, sample_variance
 
 STEPS, BATCH, DEVELOPMENT, HELD_OUT = (10, 5, 20, 50), 100, 1, 0
 BASES: dict[str, dict[str, Any]] = {"ddim": {"eta": 0.0}, "ddpm": {"eta": 1.0}, "f-pndm": {"order": 4}}
-WINDOWS, CUTOFFS, SCALES = (20.0, 60.0, 120.0), (100.0, 200.0, 500.0), (0.98, 0.99, 0.995, 1.005, 1.02)
+WINDOWS, CUTOFFS = (20.0, 60.0, 120.0), (100.0, 200.0, 500.0)
+SCALES = (0.98, 0.985, 0.99, 0.9925, 0.995, 0.9975, 1.0025, 1.005, 1.02)
 FIGURES = Path(__file__).with_name("timing.json")  # what was tuned
 REAL = load_file(PIXELS / "real.safetensors")
 
