@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+SMALLEST_SIGNAL = 0.02  # the least alpha that an update through a network is divided by: a flow begins with none
+NO_SIGNAL = 1e-3  # below this alpha no clean estimate follows from a noise: flows and zero terminal SNR begin so
 PREDICTIONS = ("eps", "v", "x0", "velocity")
 
 

@@ -30,7 +30,7 @@ class Control:
         eta: the amount of noise of the transition; 0 or None is the user's own `step`.
         noise_kind: what `eta` is a share of.
         native: the user's own `step`, with noise keyed by `native_options`.
-        schedule: walked in the place of the user's own grid.
+        schedule: walked in the place of the user's own grid. own: the transition is diffsteer's with eta = 0, too.
         start, stop: the part of the grid that is walked; `pipe`, where there is one, is told of it by its `_interrupt`, if its
             loop looks at that (`interrupts`). skipped: of the grid, by a pipeline that starts in its middle.
         unit_noise: the first states are scaled already.
@@ -45,6 +45,7 @@ class Control:
     noise_kind: str = "eta"
     native: bool = False
     schedule: Schedule | None = None
+    own: bool = False
     start: int = 0
     stop: int | None = None
     pipe: Any = None
@@ -62,7 +63,7 @@ class Control:
     @property
     def ours(self) -> bool:
         """Is the transition diffsteer's? On a schedule always: the user's solver infers from its own grid where it is."""
-        return bool(self.eta) or self.schedule is not None
+        return bool(self.eta) or self.schedule is not None or self.own
 
     def begin(self, scheduler: Any) -> None:
         """A call of the pipeline has set its grid."""

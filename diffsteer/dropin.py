@@ -23,9 +23,9 @@ from diffsteer.ledger import Ledger
 from diffsteer.particles import reindex
 from diffsteer.reward import Reward, RewardFunction, as_reward, prepare
 from diffsteer.scheduler import install
-from diffsteer.schedules import Schedule
+from diffsteer.schedules import Schedule, as_schedule
 from diffsteer.selection import Scorer, Selection, check_inputs, choose
-from diffsteer.types import Context, DiffsteerError, Problem, Sampler, Trace
+from diffsteer.types import Context, DiffsteerError, Problem, Sampler, Trace, UnsupportedError
 
 
 def steered(
@@ -67,7 +67,7 @@ def steered(
         schedule: walked, with as many steps, in the place of the grid that the pipeline asks for.
 
     Raises:
-        UnsupportedError: a scheduler that has no one-step transition.
+        UnsupportedError: a scheduler that has no one-step transition; a method with gradients, or with levels of its own.
         DiffsteerError: no prompts, no reward, or (when it runs) a number of rows that is not prompts x particles.
     """
     return install(scheduler, Steering(sampler, reward, decoder, prompts, ids, choice, output, chunk, seed, noise, schedule))
@@ -91,8 +91,13 @@ class Steering(Control):
         schedule: Schedule | None,
     ) -> None:
         check_noise(noise)
-        check_schedule(schedule, sampler is not None, "own")
-        self.noise_kind, self.schedule = noise, schedule
+        for what in ("guidance", "timing"):
+            if hasattr(sampler, what):
+                raise UnsupportedError(
+                    f"steered(): {sampler.name} needs the model, which a scheduler does not see: give it to a SteeredPipeline"
+                )
+        self.noise_kind, self.schedule = noise, as_schedule(schedule)
+        check_schedule(self.schedule, sampler is not None, "own")
         self.sampler, self.output = sampler, output
         self.eta = None if sampler is None else sampler.eta
         self.seed = self.given_seed = seed

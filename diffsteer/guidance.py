@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import allow_mutation_on_saved_tensors
 
-from diffsteer.algebra import Level
+from diffsteer.algebra import SMALLEST_SIGNAL, Level
 from diffsteer.particles import reindex
 from diffsteer.types import DiffsteerError, check_numbers, setting
-
-SMALLEST_SIGNAL = 0.02  # alpha by which an update through the network is divided: a flow begins with none
 
 
 class Scale(NamedTuple):
@@ -207,11 +205,13 @@ def update(
     g = g.masked_fill(~finite[:, None], 0.0)
     if moments is not None:
         g = moments(g)
-    rms = g.square().mean(1).sqrt()
-    moved = NORMALISERS[guidance.normaliser](g, rms.clamp(min=1e-30), scale)
-    moved = strength * moved.masked_fill((~finite | (rms == 0))[:, None], 0.0)
+    top = g.abs().amax(1).clamp(min=1e-30)  # squares of large numbers, and of small ones, are none in single precision
+    rms = top * (g / top[:, None]).square().mean(1).sqrt()
+    moved = strength * NORMALISERS[guidance.normaliser](g, rms.clamp(min=1e-30), scale)
     if through and guidance.normaliser != "uncertainty":
         moved = moved / scale.at.alpha.clamp(min=SMALLEST_SIGNAL).to(moved)
+    finite &= moved.isfinite().all(1) | (rms == 0)
+    moved = moved.masked_fill((~finite | (rms == 0))[:, None], 0.0)
     return moved.view_as(gradient), int((~finite).sum())
 
 
@@ -235,6 +235,15 @@ def refuse_flat(values: Tensor) -> None:
     """Refuse rewards that no gradient comes from."""
     if not values.requires_grad:
         raise DiffsteerError("guidance wants a reward with a gradient, and this one has none")
+
+
+def warn_idle(guidance: Guidance, steps: int) -> None:
+    """Say that no step was guided."""
+    warnings.warn(
+        f"guidance: nothing was guided: none of the {steps} steps that could be begins at a noise level between "
+        f"{guidance.lowest:g} and {guidance.highest:g}",
+        stacklevel=3,
+    )
 
 
 def warn_skipped(count: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffsteer import rng
 from diffsteer.algebra import Level, noise_std
-from diffsteer.guidance import Guidance, Moments, Scale, gradient_of, refuse_flat, uncertainty, update, warn_skipped
+from diffsteer.guidance import Guidance, Moments, Scale, gradient_of, refuse_flat, uncertainty, update, warn_idle, warn_skipped
 from diffsteer.reward import Reward
 from diffsteer.selection import Selection
 from diffsteer.session import Arrival, Session
@@ -41,8 +41,15 @@ class GuidedWalk:
         if weighed and session.native:
             raise DiffsteerError("guidance: weighted particles want transition=own, whose noise is known")
         self.session, self.guidance, self.reward, self.prompts = session, guidance, reward, list(prompts)
+        if not session.levels:
+            raise UnsupportedError(
+                "guidance takes single steps between known levels, and with eta=0 this pipeline's own solver steps: "
+                "set the sampler's eta above 0"
+            )
         self.weighed, self.shares = weighed, guidance.shares(session.levels)
         self.tapped = tapped(session, reward) if guidance.network > 0 else None
+        if self.tapped and (guidance.draws > 1 or guidance.smoothing > 0):
+            raise DiffsteerError("guidance: features of the network are not smoothed: set draws=1 and smoothing=0")
         self.moments = {"clean": Moments(), "network": Moments()} if guidance.normaliser == "adam" else {}
         self.guided = self.skipped = 0
         if guidance.normaliser == "cfg":
@@ -71,6 +78,8 @@ class GuidedWalk:
                 for moments in self.moments.values():
                     moments.follow(ancestors)
         warn_skipped(self.skipped)
+        if not self.guided and max(self.guidance.clean, self.guidance.network) > 0:
+            warn_idle(self.guidance, session.steps)
         return x
 
     def _guides(self, k: int) -> bool:
@@ -108,7 +117,7 @@ class GuidedWalk:
         session, guidance, share = self.session, self.guidance, self.shares[k]
         at, moved = session.levels[k], torch.zeros_like(x, dtype=torch.float32)
         if guidance.network > 0:
-            values: list[Tensor] = []
+            values = torch.zeros(len(x))
             read = self.tapped
             wanted = read.reference(k) if read else {}
             with session.tapping(read.reward.taps) if read else nullcontext({}) as features:
@@ -117,19 +126,20 @@ class GuidedWalk:
                     if read:
                         session.ledger.reward_calls += len(rows)
                     found = read.score(features, wanted, rows) if read else self._smoothed(x0, rows, k)
-                    values.append(found.detach())
+                    values[rows] = found.detach().float().cpu()  # a block may come again, halved
                     return found
 
                 gradient, arrival = session.gradient(x, k, objective)
             session.ledger.backwards += len(x)
-            moved = moved + self._update("network", gradient, x, arrival.x0, at, torch.cat(values), share * guidance.network)
+            moved = moved + self._update("network", gradient, x, arrival.x0, at, values, share * guidance.network)
         else:
             arrival = session.segment(x, k, k + 1)
         if guidance.clean > 0:
+            along = torch.zeros_like(moved)  # without what went through the network, as Ye et al. (2024) have it
             for _ in range(guidance.iterations):
-                z = arrival.x0 + moved.to(arrival.x0)
-                gradient, rewards = self._gradient(z, k)
-                moved = moved + self._update("clean", gradient, x, arrival.x0, at, rewards, share * guidance.clean)
+                gradient, rewards = self._gradient(arrival.x0 + along.to(arrival.x0), k)
+                along = along + self._update("clean", gradient, x, arrival.x0, at, rewards, share * guidance.clean)
+            moved = moved + along
         return arrival, moved
 
     def _update(

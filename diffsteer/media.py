@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageSequence, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from diffsteer.types import DiffsteerError
 
@@ -104,6 +105,17 @@ def as_clip(clip: Any) -> Tensor:
     frames = clip if isinstance(clip, (list, tuple)) else read_clip(clip)
     arrays = np.stack([np.asarray(f.convert("RGB")) for f in frames])
     return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255
+
+
+def resampled(clip: Tensor, frames: int, height: int, width: int) -> Tensor:
+    """Another number of frames, no more than there are, and another size."""
+    if frames > len(clip):
+        raise DiffsteerError(
+            f"the reference has {len(clip)} frames, and clips of {frames} are made: give call.num_frames={len(clip)}"
+        )
+    chosen = clip[torch.linspace(0, len(clip) - 1, frames).round().long()]
+    same = chosen.shape[-2:] == (height, width)
+    return chosen if same else interpolate(chosen, (height, width), mode="bilinear", antialias=True, align_corners=False)
 
 
 def _av() -> Any:

@@ -188,6 +188,7 @@ class SteeredPipeline:
             "experts": self.experts,
             "noise": self.noise,
             "schedule": schedule,
+            "own": self._own(),
         }
         if isinstance(self.pipe, CallableModel):
             if call or negative_prompt is not None or latents is not None:
@@ -250,7 +251,7 @@ class SteeredPipeline:
             guided = is_guided(self.pipe, known)
             asked = num_inference_steps or known.get("num_inference_steps")
             eta = None if self.sampler is None or self.transition == "native" else self.sampler.eta
-            steps, levels = grid_of(self.pipe, asked, known, eta, schedule)
+            steps, levels = grid_of(self.pipe, asked, known, eta, schedule, self._own())
             facts["further"] = skipped_steps(self.pipe, steps, known)
             if family.entry == "step" and self.sampler is not None:
                 cut = self.deterministic or (size is not None and size < prompts * self.sampler.particles)
@@ -283,6 +284,15 @@ class SteeredPipeline:
             said.seconds["total"] = sum(said.seconds.values())
             said.peak_memory = tried.peak_memory
         return said
+
+    def _own(self) -> bool:
+        """Is the transition ours at eta = 0, too? A method with levels of its own wants single steps, and solvers that cannot
+        be cut have none."""
+        if not hasattr(self.sampler, "timing") or isinstance(self.pipe, CallableModel):
+            return False
+        from diffsteer.levels import cut_state
+
+        return self.transition == "own" and cut_state(self.pipe.scheduler) is None
 
     def _plain(
         self,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffsteer import media
-from diffsteer.algebra import Level
+from diffsteer.algebra import NO_SIGNAL, Level
 from diffsteer.guidance import Guidance
 from diffsteer.guided import GuidedWalk, pieces
 from diffsteer.ledger import Ledger
@@ -129,7 +129,8 @@ def estimate(
     guide = guide or getattr(sampler, "guidance", None)
     timing = timing_of(sampler, guide)
     if timing is not None:
-        steps, entered = timing.evaluations(steps) + steps * timing.calibrates, 0
+        blind = sum(float(at.alpha) < NO_SIGNAL for at in levels or ())
+        steps, entered = timing.evaluations(steps, blind) + steps * timing.calibrates, 0
     visits = looks = features = 0
     if guide is not None:
         moved = steps - 1 if sampler is not None and sampler.exact else steps  # without noise no weight could know

@@ -98,7 +98,7 @@ class SegmentControl(Control):
         self.x0: Tensor = torch.empty(0)
         self.doubled, self.experts, self.native = session.family.doubled and guided, session.experts, session.native
         self.eta, self.noise_kind = None if self.native else session.eta, session.noise_kind
-        self.schedule = session.schedule
+        self.schedule, self.own = session.schedule, session.own
         names = {cls.__name__ for cls in type(session.user.scheduler).__mro__}
         self.takes_eta = bool(names & {"DDIMScheduler", "TCDScheduler"})
         self.interrupts = "interrupt" in inspect.unwrap(type(shadow).__call__).__code__.co_names
@@ -141,7 +141,7 @@ class SegmentControl(Control):
 
 
 def grid_of(
-    pipe: Any, steps: int | None, call: dict[str, Any], eta: float | None, schedule: Schedule | None = None
+    pipe: Any, steps: int | None, call: dict[str, Any], eta: float | None, schedule: Schedule | None = None, own: bool = False
 ) -> tuple[int, list[Level]]:
     """How many transitions a call with so many steps makes (more for solvers with inner steps, fewer for a picture's strength),
     and their levels, one more; none where the pipeline's own solver steps.
@@ -150,12 +150,12 @@ def grid_of(
         steps: None is the default of the pipeline.
         call: the pipeline's own arguments.
         eta: of diffsteer's transition, which takes no inner steps; None or 0 for the user's own solver.
-        schedule: walked in the place of the pipeline's own grid.
+        schedule: walked in the place of the pipeline's own grid. own: our transition with eta = 0, too.
     """
     parameters = inspect.signature(type(pipe).__call__).parameters
     steps = int(parameters["num_inference_steps"].default if steps is None else steps)
     control = Control()
-    control.eta, control.schedule = eta, schedule
+    control.eta, control.schedule, control.own = eta, schedule, own
     scheduler = install(pipe.scheduler, control)
     custom = {k: list(call[k]) for k in ("timesteps", "sigmas") if call.get(k) is not None}
     steps = len(next(iter(custom.values()))) if custom else steps

@@ -78,9 +78,10 @@ class Session(ABC):
         experts: Sequence[float] = (1.0,),
         noise: str = "eta",
         schedule: Schedule | None = None,
+        own: bool = False,
     ) -> None:
         check_noise(noise)
-        self.noise_kind, self.schedule = noise, schedule
+        self.noise_kind, self.schedule, self.own = noise, schedule, own
         self.prompts, self.particles, self.seed, self.eta = list(prompts), particles, seed, eta
         self.ids = tuple(range(len(self.prompts)) if ids is None else ids)
         if len(self.ids) != len(self.prompts) or len(set(self.ids)) != len(self.ids):
@@ -101,7 +102,7 @@ class Session(ABC):
     @property
     def ours(self) -> bool:
         """Is the transition diffsteer's, not the user's own solver's?"""
-        return bool(self.eta) or self.schedule is not None
+        return bool(self.eta) or self.schedule is not None or self.own
 
     @property
     def last_noise(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from diffsteer.media import resampled
 from diffsteer.types import DiffsteerError, UnsupportedError, check_numbers, setting
 
 
@@ -54,7 +55,9 @@ class ReferenceNoise:
         if self.share == 0:
             return noise
         if self._latents is None or self._latents.shape[1:] != noise.shape[1:]:
-            self._latents = session.encoded(self.frames)
+            clips = noise.ndim == 5 and all(session.size)  # others are refused there
+            frames = resampled(self.frames, noise.shape[2], *session.size) if clips else self.frames
+            self._latents = session.encoded(frames)
         return mixed_noise(noise, self._latents.to(noise), self.share, self.cutoff)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffsteer import rng
-from diffsteer.algebra import Level, transition
+from diffsteer.algebra import NO_SIGNAL, Level, transition
 from diffsteer.selection import Selection
 from diffsteer.session import Session
 from diffsteer.timing import Shift, Shifted, Timing, match, sample_variance
@@ -44,6 +44,7 @@ class TimedWalk:
         self.session, self.timing, self.clock = session, timing, clock
         self.shifts: list[Shift] = []
         self.noises: list[Tensor] = []  # predicted, the newest first
+        self.dtype = torch.float32  # of the states
 
     def __call__(self, select: Selection) -> Tensor:
         """The final states, (P * K, ...)."""
@@ -51,6 +52,7 @@ class TimedWalk:
         with torch.no_grad():
             variance, spread = self._data_variance()  # of rows in the order of their slots, whoever lives there
             x, times = session.noise(), self._nominal(0)
+            self.dtype = x.dtype
             for event in select.events:
                 x0 = x
                 for k in range(at, event):
@@ -72,7 +74,7 @@ class TimedWalk:
     def _times(self, x: Tensor, k: int, variance: Tensor, spread: float) -> Tensor:
         """What the rows' times are before step k."""
         nominal = float(self.clock.times[k])
-        if self.timing.window == 0 or nominal <= self.timing.cutoff:
+        if self.timing.window == 0 or nominal <= self.timing.cutoff * self.clock.unit:
             return self._nominal(k)
         found = match(x, nominal, self.timing, self.clock, variance, spread, k)
         self.shifts.append(found)
@@ -90,24 +92,29 @@ class TimedWalk:
             else self.clock.level(times)
         )
         asked = times if timing.side == "conditioning" else nominal
-        noise = self._noise(x, k, asked, at)
-        warm = len(self.noises) < timing.order - 1 and k + 1 < session.steps
-        self.noises = [noise, *self.noises][: timing.order]
-        eps = self._combined(x, k, times, noise, at) if warm else self._multistep()
-        alpha, sigma = at.like(x)
-        x0 = (x - sigma * eps) / alpha.clamp(min=1e-12)
-        z = session.step_noise(range(len(x)), k).to(x)
-        return transition(x0, eps, at, to, session.eta, z, session.noise_kind), x0
+        noise, x0 = self._noise(x, k, asked, at)
+        precise = x.to(x0.dtype)  # of half precision states, single
+        if float(at.alpha.min()) < NO_SIGNAL:  # no clean estimate follows from the noise: the network's own stays
+            eps = noise
+        else:
+            warm = len(self.noises) < timing.order - 1 and k + 1 < session.steps
+            self.noises = [noise, *self.noises][: timing.order]
+            eps = self._combined(precise, k, times, noise, at) if warm else self._multistep()
+            alpha, sigma = at.like(precise)
+            x0 = (precise - sigma * eps) / alpha
+        z = session.step_noise(range(len(x)), k).to(x0)
+        return transition(x0, eps, at, to, session.eta, z, session.noise_kind).to(x.dtype), x0
 
-    def _noise(self, x: Tensor, k: int, asked: Tensor, at: Level) -> Tensor:
-        """The predicted noise (N, ...) of states at levels of their own."""
+    def _noise(self, x: Tensor, k: int, asked: Tensor, at: Level) -> tuple[Tensor, Tensor]:
+        """The predicted noise of states (N, ...) at levels of their own, scaled, and the clean estimates before that."""
         self.session.shifted = Shifted(asked, at)
         try:
-            x0 = self.session.segment(x, k, k + 1).x0
+            x0 = self.session.segment(x.to(self.dtype), k, k + 1).x0
         finally:
             self.session.shifted = None
+        x = x.to(x0.dtype)
         alpha, sigma = at.like(x)
-        return (x - alpha * x0) / sigma / self.timing.epsilon_scale
+        return (x - alpha * x0) / sigma / self.timing.epsilon_scale, x0
 
     def _multistep(self) -> Tensor:
         weights = _MULTISTEP[len(self.noises)]
@@ -123,12 +130,12 @@ class TimedWalk:
         following = self._nominal(k + 1)
         end = self.clock.level(following)
         if self.timing.order == 2:
-            return (noise + self._noise(moved(noise, end), k, following, end)) / 2
+            return (noise + self._noise(moved(noise, end), k, following, end)[0]) / 2
         half = (times + following) / 2
         middle = self.clock.level(half)
-        second = self._noise(moved(noise, middle), k, half, middle)
-        third = self._noise(moved(second, middle), k, half, middle)
-        fourth = self._noise(moved(third, end), k, following, end)
+        second, _ = self._noise(moved(noise, middle), k, half, middle)
+        third, _ = self._noise(moved(second, middle), k, half, middle)
+        fourth, _ = self._noise(moved(third, end), k, following, end)
         return (noise + 2 * second + 2 * third + fourth) / 6
 
     def _data_variance(self) -> tuple[Tensor, float]:

@@ -38,6 +38,13 @@ class Clock(NamedTuple):
     times: Tensor
     table: Tensor
 
+    @property
+    def unit(self) -> float:
+        """A thousandth of the model's range of times: 1 for schedules of 1,000 whole times."""
+        known = self.table[:, 0]
+        whole = bool((known[1:] - known[:-1] == 1).all())
+        return (len(known) if whole else float(known[-1] - known[0])) / 1000
+
     def level(self, t: Tensor) -> Level:
         """The levels of times (N,). Between two of the table an angle is interpolated where ``alpha^2 + sigma^2 = 1``, or
         else both."""
@@ -52,9 +59,9 @@ class Clock(NamedTuple):
         return Level(angle.cos(), angle.sin())  # whole times give the table's own pairs
 
     def window(self, nominal: float, width: float) -> Tensor:
-        """Times of the table at most half the width away, (M',); a table of whole times has one a step."""
+        """Times of the table at most half the width (in units) away, (M',); a table of whole times has one a step."""
         known = self.table[:, 0]
-        near = known[(known - nominal).abs() <= width / 2]
+        near = known[(known - nominal).abs() <= width * self.unit / 2]
         return near if len(near) else torch.tensor([nominal], dtype=torch.float64)
 
 
@@ -63,7 +70,7 @@ class Timing:
     """How levels are read from variances; see `diffsteer.samplers.TimeShift`.
 
     Args:
-        window: width around the nominal time, in the model's own times; 0 shifts nothing.
+        window: width around the nominal time, in thousandths of the model's range of times; 0 shifts nothing.
         cutoff: no shift at times at or below it.
         reference: the variance that a state should have: "noise", sigma^2 (as published); "data_var", ``alpha^2 v +
             sigma^2`` with ``v = data_variance``; "calibrated", the same with v measured on a plain run of the model.
@@ -109,10 +116,14 @@ class Timing:
         """Is a plain run taken first?"""
         return self.window > 0 and self.reference == "calibrated"
 
-    def evaluations(self, steps: int) -> int:
-        """Of the network for one row, a calibration left out: the higher orders begin with single steps of their own order."""
+    def evaluations(self, steps: int, blind: int = 0) -> int:
+        """Of the network for one row, a calibration left out: the higher orders begin with single steps of their own order.
+
+        Args:
+            blind: steps at the beginning from levels with next to no signal, which are of first order.
+        """
         first, more = {1: (0, 0), 2: (1, 1), 4: (3, 3)}[self.order]
-        return steps + min(first, steps - 1) * more
+        return steps + max(0, min(first, steps - 1 - blind)) * more
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, interpolate
+from torch.nn.functional import adaptive_avg_pool2d
 
 from diffsteer.correlation import VARIANTS, inconsistency, moving_mask, pairs_of
-from diffsteer.media import as_clip
+from diffsteer.media import as_clip, resampled
 from diffsteer.reward import Reward
 from diffsteer.types import Context, DiffsteerError, setting
 
@@ -120,14 +120,3 @@ class MotionConsistency(Reward):
         mask = self._mask if len(self._mask) > 1 else self._mask.expand(frames, -1, -1)
         mask = mask[torch.linspace(0, len(mask) - 1, frames).round().long()]
         return adaptive_avg_pool2d(mask[:, None], (side[0], side[1]))[:, 0].contiguous()
-
-
-def resampled(clip: Tensor, frames: int, height: int, width: int) -> Tensor:
-    """Another number of frames, no more than there are, and another size."""
-    if frames > len(clip):
-        raise DiffsteerError(
-            f"the reference has {len(clip)} frames, and clips of {frames} are made: give call.num_frames={len(clip)}"
-        )
-    chosen = clip[torch.linspace(0, len(clip) - 1, frames).round().long()]
-    same = chosen.shape[-2:] == (height, width)
-    return chosen if same else interpolate(chosen, (height, width), mode="bilinear", antialias=True, align_corners=False)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from diffsteer.guidance import NORMALISERS, Guidance
+from diffsteer.guidance import NORMALISERS
 from diffsteer.samplers.guided import Guided
 from diffsteer.types import setting
 
@@ -14,8 +14,9 @@ from diffsteer.types import setting
 class DPS(Guided):
     """The state follows the gradient, through the network, of the norm of what is missing to the best reward.
 
-    The paper's step (algorithm 1) is ``- zeta grad ||y - A(x0)||``: with ``normaliser="residual"`` a reward
-    ``-||y - A(x0)||^2`` gives it exactly, and a reward with an upper bound is taken for the bound minus a squared norm. A
+    The paper's step (algorithm 1) adds ``- zeta grad ||y - A(x0)||`` to the next state. With ``normaliser="residual"`` a reward
+    ``-||y - A(x0)||^2`` gives that times ``alpha' / alpha`` of the step, as in TFG's form of it: near 1 at the paper's 1,000
+    steps, a few times that on the first of few. A reward with an upper bound is taken for the bound minus a squared norm. A
     heuristic; with ``strength=0`` the plain chain.
 
     Cost: at each step a decode and a reward, forwards and backwards, and the network backwards.
@@ -25,6 +26,7 @@ class DPS(Guided):
         eta: amount of noise in the transition.
         strength: zeta; 0.3 to 1 in the paper, at 1,000 steps.
         normaliser: see `Guidance`.
+        highest, lowest: the noise levels ``t = sigma / (alpha + sigma)`` that are guided. every: only each so many steps.
 
     Raises:
         DiffsteerError: a value out of its range.
@@ -36,7 +38,6 @@ class DPS(Guided):
     name: ClassVar[str] = "dps"
     source: ClassVar[str] = "Chung et al., 2022, arXiv 2209.14687"
 
-    @property
-    def guidance(self) -> Guidance:
+    def own(self) -> dict[str, Any]:
         """Through the network alone."""
-        return Guidance(clean=0.0, network=self.strength, normaliser=self.normaliser, lowest=0.0)
+        return {"network": self.strength}

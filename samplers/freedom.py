@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from diffsteer.guidance import NORMALISERS, Guidance
+from diffsteer.guidance import NORMALISERS
 from diffsteer.samplers.guided import Guided
 from diffsteer.types import setting
 
@@ -14,8 +14,9 @@ from diffsteer.types import setting
 class FreeDoM(Guided):
     """Guidance through the network with recurrences, in the stage of the run where the picture's meaning is decided.
 
-    A heuristic; with ``strength=0`` the plain chain. The paper guides steps 30 to 70 of 100 and recurs three times there;
-    stages are noise levels here, so they do not hang on the number of steps. The size of a step is its rule for Stable
+    A heuristic; with ``strength=0`` the plain chain. The authors' code for Stable Diffusion guides where 30 to 70 of 100 steps
+    are left, and recurs three times while there are more than 40. Stages are noise levels here, those of the 30 to 70, so that
+    they do not hang on the number of steps, and every guided step recurs. The size of a step is its rule for Stable
     Diffusion: a fifth of what classifier-free guidance changes in the noise estimate, sample by sample. Models without that
     want another normaliser, such as "uncertainty" with a strength of about 0.3.
 
@@ -26,8 +27,8 @@ class FreeDoM(Guided):
         eta: amount of noise in the transition.
         strength: through the network.
         recurrence: times that each guided step is taken.
-        highest, lowest: the noise levels that are guided.
         normaliser: see `Guidance`.
+        highest, lowest: the noise levels ``t = sigma / (alpha + sigma)`` that are guided. every: only each so many steps.
 
     Raises:
         DiffsteerError: a value out of its range.
@@ -36,21 +37,13 @@ class FreeDoM(Guided):
 
     strength: float = setting(0.2, low=0)
     recurrence: int = setting(3, low=1)
-    highest: float = setting(0.75, low=0, high=1)
-    lowest: float = setting(0.3, low=0, high=1)
+    highest: float = setting(0.77, low=0, high=1)
+    lowest: float = setting(0.45, low=0, high=1)
     normaliser: str = setting("cfg", choices=tuple(NORMALISERS))
 
     name: ClassVar[str] = "freedom"
     source: ClassVar[str] = "Yu et al., 2023, arXiv 2303.09833"
 
-    @property
-    def guidance(self) -> Guidance:
+    def own(self) -> dict[str, Any]:
         """Through the network, in the middle."""
-        return Guidance(
-            clean=0.0,
-            network=self.strength,
-            recurrence=self.recurrence,
-            highest=self.highest,
-            lowest=self.lowest,
-            normaliser=self.normaliser,
-        )
+        return {"network": self.strength, "recurrence": self.recurrence}

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from diffsteer.guidance import Guidance
+from diffsteer.guidance import NORMALISERS, Guidance
 from diffsteer.samplers.best_of_n import BestOfN
 from diffsteer.types import DiffsteerError, setting
 
 
 @dataclass(frozen=True)
 class Guided(BestOfN):
-    """Chains under a `Guidance`, which subclasses make of their own parameters; with several the best is chosen at the end."""
+    """Chains under a `Guidance`, which subclasses make of their own parameters; with several the best is chosen at the end.
+
+    Args:
+        particles: chains a prompt.
+        eta: amount of noise in the transition.
+        normaliser: see `Guidance`.
+        highest, lowest: the noise levels ``t = sigma / (alpha + sigma)`` that are guided.
+        every: only each so many steps.
+    """
 
     particles: int = setting(1, low=1)
+    normaliser: str = setting("uncertainty", choices=tuple(NORMALISERS))
+    highest: float = setting(1.0, low=0, high=1)
+    lowest: float = setting(0.0, low=0, high=1)
+    every: int = setting(1, low=1)
 
     name: ClassVar[str] = "guided"
     needs_grad: ClassVar[bool] = True
@@ -30,4 +42,9 @@ class Guided(BestOfN):
     @property
     def guidance(self) -> Guidance:
         """The one step that all methods are cases of."""
-        raise NotImplementedError
+        shared = {name: getattr(self, name) for name in ("normaliser", "highest", "lowest", "every")}
+        return Guidance(**{"clean": 0.0, **shared, **self.own()})
+
+    def own(self) -> dict[str, Any]:
+        """What the method makes of its own parameters, as those of a `Guidance`."""
+        return {}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from diffsteer.guidance import NORMALISERS, Guidance
 from diffsteer.samplers.guided import Guided
 from diffsteer.types import setting
 
@@ -14,8 +13,8 @@ from diffsteer.types import setting
 class LGD(Guided):
     """DPS with the reward's exponential averaged over Gaussian draws around the clean estimate.
 
-    A heuristic: the draws stand for the unknown posterior of x0. With ``draws=1, smoothing=0`` it is DPS; with ``strength=0``
-    the plain chain.
+    A heuristic: the draws stand for the unknown posterior of x0. With ``draws=1, smoothing=0`` it is DPS with the same
+    normaliser; with ``strength=0`` the plain chain.
 
     Cost: at each step `draws` decodes and rewards, forwards and backwards, and the network backwards.
 
@@ -26,6 +25,7 @@ class LGD(Guided):
         draws: of the posterior; 10 where others compare with it (Ye et al., 2024).
         smoothing: their standard deviation, in shares of ``sigma / sqrt(alpha^2 + sigma^2)``, which is the paper's.
         normaliser: see `Guidance`.
+        highest, lowest: the noise levels ``t = sigma / (alpha + sigma)`` that are guided. every: only each so many steps.
 
     Raises:
         DiffsteerError: a value out of its range.
@@ -34,19 +34,10 @@ class LGD(Guided):
     strength: float = setting(0.3, low=0)
     draws: int = setting(10, low=1)
     smoothing: float = setting(1.0, low=0)
-    normaliser: str = setting("uncertainty", choices=tuple(NORMALISERS))
 
     name: ClassVar[str] = "lgd"
     source: ClassVar[str] = "Song et al., 2023, ICML (PMLR 202:32483)"
 
-    @property
-    def guidance(self) -> Guidance:
+    def own(self) -> dict[str, Any]:
         """Through the network, smoothed."""
-        return Guidance(
-            clean=0.0,
-            network=self.strength,
-            draws=self.draws,
-            smoothing=self.smoothing,
-            normaliser=self.normaliser,
-            lowest=0.0,
-        )
+        return {"network": self.strength, "draws": self.draws, "smoothing": self.smoothing}

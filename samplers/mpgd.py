@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from diffsteer.guidance import NORMALISERS, Guidance
 from diffsteer.samplers.guided import Guided
 from diffsteer.types import setting
 
@@ -26,21 +25,18 @@ class MPGD(Guided):
         strength: at x0.
         normaliser: see `Guidance`. The authors' code has "step" for pixels, with a share that follows the step, and "cfg" for
             Stable Diffusion, with strengths of 15 to 30 on gradients of a norm: far more than a share of what guidance does.
-        highest, lowest: the noise levels ``t = sigma / (alpha + sigma)`` that are guided, see `Guidance`.
+        highest, lowest: the noise levels ``t = sigma / (alpha + sigma)`` that are guided. every: only each so many steps.
 
     Raises:
         DiffsteerError: a value out of its range.
     """
 
     strength: float = setting(0.3, low=0)
-    normaliser: str = setting("uncertainty", choices=tuple(NORMALISERS))
-    highest: float = setting(1.0, low=0, high=1)
     lowest: float = setting(0.25, low=0, high=1)
 
     name: ClassVar[str] = "mpgd"
     source: ClassVar[str] = "He et al., 2023, arXiv 2311.16424"
 
-    @property
-    def guidance(self) -> Guidance:
+    def own(self) -> dict[str, Any]:
         """At x0 alone."""
-        return Guidance(clean=self.strength, normaliser=self.normaliser, highest=self.highest, lowest=self.lowest)
+        return {"clean": self.strength}

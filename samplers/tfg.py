@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from diffsteer.guidance import NORMALISERS, SCHEDULES, Guidance
+from diffsteer.guidance import NORMALISERS, SCHEDULES
 from diffsteer.samplers.guided import Guided
 from diffsteer.types import setting
 
@@ -29,6 +29,7 @@ class TFG(Guided):
         recurrence: times that each step is taken.
         profile: of both strengths along the run: constant | increase | decrease.
         normaliser: see `Guidance`.
+        highest, lowest: the noise levels ``t = sigma / (alpha + sigma)`` that are guided. every: only each so many steps.
 
     Raises:
         DiffsteerError: a value out of its range.
@@ -46,17 +47,7 @@ class TFG(Guided):
     name: ClassVar[str] = "tfg"
     source: ClassVar[str] = "Ye et al., 2024, arXiv 2409.15761"
 
-    @property
-    def guidance(self) -> Guidance:
+    def own(self) -> dict[str, Any]:
         """All of it."""
-        return Guidance(
-            clean=self.clean,
-            network=self.network,
-            normaliser=self.normaliser,
-            schedule=self.profile,
-            iterations=self.iterations,
-            recurrence=self.recurrence,
-            smoothing=self.smoothing,
-            draws=self.draws,
-            lowest=0.0,
-        )
+        same = ("network", "clean", "iterations", "recurrence", "smoothing", "draws")
+        return {"schedule": self.profile, **{name: getattr(self, name) for name in same}}

@@ -18,18 +18,18 @@ class TimeShift(Timed):
     samples of Gaussian data the calibrated reference finds no shift but what the variance of finitely many elements brings;
     as published (``reference="noise"``) the rule forgets the data's own variance, is off by that at every level, and on
     latents of unit variance always stands at the window's edge: `out.trace.shifts` says for how many rows, and a warning
-    when for most. With ``window=0`` it is the plain chain, bit for bit at order 1.
+    when for most. With ``window=0`` it is the plain chain, bit for bit at order 1 (with eta=0 of solvers that cannot
+    be cut, such as DDPM's and PNDM's, the DDIM step on their grid). A step from a level without signal is of first order.
 
     Cost: that of the plain chain, 1 evaluation more at order 2 and 9 more at order 4; ``reference="calibrated"`` takes a
-        plain run
-    first.
+    plain run first.
 
     Args:
         particles: chains a prompt; the best is chosen if there is a reward.
         eta: amount of noise in the transition: 0 is DDIM, 1 DDPM.
-        window: width of the window, in the model's own times (0 to 1000 for most); the paper has 2 to 100, more for fewer
-            steps.
-        cutoff: no shift at times at or below it; the paper has 200 to 900.
+        window: width of the window, in thousandths of the model's range of times; the paper has 2 to 100 on models of 1,000
+            times, more for fewer steps.
+        cutoff: no shift at times at or below it, in the same unit; the paper has 200 to 900.
         reference: what a state's variance is compared with: "calibrated", the data's own measured on a plain run of the prompt;
             "noise", as published; "data_var", the data's own given as `data_variance`.
         data_variance: of a clean sample over all its elements, the mean over samples.

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from diffsteer.guidance import NORMALISERS, Guidance
 from diffsteer.samplers.guided import Guided
 from diffsteer.types import setting
 
@@ -28,6 +27,7 @@ class UniversalGuidance(Guided):
         iterations: m, of the backward guidance.
         recurrence: k, times that each step is taken; 2 to 10 in the paper.
         normaliser: see `Guidance`.
+        highest, lowest: the noise levels ``t = sigma / (alpha + sigma)`` that are guided. every: only each so many steps.
 
     Raises:
         DiffsteerError: a value out of its range.
@@ -37,19 +37,11 @@ class UniversalGuidance(Guided):
     backward: float = setting(0.1, low=0)
     iterations: int = setting(3, low=1)
     recurrence: int = setting(2, low=1)
-    normaliser: str = setting("uncertainty", choices=tuple(NORMALISERS))
 
     name: ClassVar[str] = "universal"
     source: ClassVar[str] = "Bansal et al., 2023, arXiv 2302.07121"
 
-    @property
-    def guidance(self) -> Guidance:
+    def own(self) -> dict[str, Any]:
         """Both paths, again and again."""
-        return Guidance(
-            clean=self.backward,
-            network=self.forward,
-            iterations=self.iterations,
-            recurrence=self.recurrence,
-            normaliser=self.normaliser,
-            lowest=0.0,
-        )
+        numbers = {"iterations": self.iterations, "recurrence": self.recurrence}
+        return {"clean": self.backward, "network": self.forward, **numbers}

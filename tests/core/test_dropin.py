@@ -12,7 +12,7 @@ from families.toys import TOYS
 from torch import Tensor
 
 from diffsteer import DiffsteerError, SteeredPipeline, UnsupportedError, decoder_of, steered
-from diffsteer.samplers import BestOfN, FeynmanKac
+from diffsteer.samplers import MPGD, BestOfN, EpsilonScaling, FeynmanKac, TimeShift
 from diffsteer.schedules import Karras
 
 PROMPTS = ["a red circle", "two stars"]
@@ -265,6 +265,12 @@ def test_output_objects_and_tuples(toy_pipeline: Any) -> None:
     assert new.step(half, new.timesteps[0], half, return_dict=False)[0].dtype == torch.float16
 
 
+@pytest.mark.parametrize("sampler", [MPGD(4), TimeShift(4), EpsilonScaling(4)], ids=lambda s: s.name)
+def test_methods_that_need_the_model_are_refused(toy_pipeline: Any, sampler: Any) -> None:
+    with pytest.raises(UnsupportedError, match=f"{sampler.name} needs the model"):
+        steered(toy_pipeline.scheduler, sampler, reward=brightness, prompts=PROMPTS)
+
+
 @pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler"])
 def test_a_schedule_is_walked_as_by_the_pipeline_object(toy_pipeline: Any, name: str) -> None:
     """The same keyed noises on the same levels: what both draw is the same."""
@@ -280,5 +286,7 @@ def test_a_schedule_is_walked_as_by_the_pipeline_object(toy_pipeline: Any, name:
     plain = put(pipe, FeynmanKac(4), seed=3)
     call(plain, latents=torch.randn(8, 4, 8, 8, generator=torch.Generator()), num_inference_steps=6)
     assert not torch.allclose(plain.scheduler.steering.rewards, dropped.scheduler.steering.rewards, atol=0.1)
+    with pytest.raises(DiffsteerError, match="schedule is an object"):
+        steered(pipe.scheduler, FeynmanKac(4), reward=brightness, prompts=PROMPTS, schedule="karras")  # type: ignore[arg-type]
     with pytest.raises(DiffsteerError, match="a schedule wants a sampler"):
         steered(pipe.scheduler, None, schedule=Karras())

@@ -58,6 +58,20 @@ def test_normalisers_by_hand() -> None:
         moved("residual", reward=1.0)
 
 
+@pytest.mark.parametrize("normaliser", ["uncertainty", "unit", "clip", "cfg", "step"])
+def test_gradients_of_any_size_count_as_what_they_are(normaliser: str) -> None:
+    for size in (1e-20, 1.0, 1e25):
+        g = size * torch.tensor([[3.0, 4.0], [3.0, -4.0]])
+        moved, skipped = update(Guidance(normaliser=normaliser), g, scale_of(0.5, 2), 1.0)
+        assert skipped == 0 and (normaliser == "clip" or bool((moved.abs() > 1e-3).all())) and bool(moved.isfinite().all())
+        assert bool((moved * g.sign() >= 0).all())
+    moved, skipped = update(Guidance(normaliser="none", clean=1.0), torch.full((2, 2), 3e38), scale_of(0.5, 2), 10.0)
+    assert skipped == 2 and bool((moved == 0).all())
+    unknown = scale_of(0.5, 2)._replace(pulls=torch.tensor([0.1, math.nan]))
+    moved, skipped = update(Guidance(normaliser="cfg"), torch.ones(2, 2), unknown, 1.0)
+    assert skipped == 1 and bool((moved[0] != 0).all()) and bool((moved[1] == 0).all())
+
+
 def test_dps_s_norm_is_the_gradient_of_the_distance() -> None:
     x, y = torch.randn(4, 6), torch.randn(4, 6)
     g, rewards = gradient_of(lambda z: -(z - y).square().sum(1), x)

@@ -72,6 +72,31 @@ def test_freedom_moves_by_a_fifth_of_what_guidance_did(toy_pipeline: Any) -> Non
             SteeredPipeline(toy_pipeline, FreeDoM(**always), red)(PROMPTS, **CALL | call)
 
 
+@pytest.mark.parametrize("name", ["DDPMScheduler", "LCMScheduler", "HeunDiscreteScheduler"])
+def test_solvers_that_cannot_be_cut_want_noise(toy_pipeline: Any, name: str) -> None:
+    pipe = with_scheduler(toy_pipeline, name)
+    with pytest.raises(UnsupportedError, match="set the sampler's eta above 0"):
+        SteeredPipeline(pipe, MPGD(eta=0.0), red)(PROMPTS, **CALL)
+
+
+def test_memory_that_runs_out_on_the_way_back(toy_pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are halved there, too, and the result is that of blocks of that size."""
+    sampler = DPS(4, normaliser="uncertainty")
+    wanted = SteeredPipeline(toy_pipeline, sampler, red, chunk=2)(PROMPTS[:1], **CALL)
+    grad, raised = torch.autograd.grad, []
+
+    def scarce(total: Tensor, leaf: Tensor, *args: Any) -> Any:
+        if len(leaf) > 2:
+            raised.append(len(leaf))
+            raise torch.OutOfMemoryError("simulated")
+        return grad(total, leaf, *args)
+
+    monkeypatch.setattr(torch.autograd, "grad", scarce)
+    out = SteeredPipeline(toy_pipeline, sampler, red, chunk="auto")(PROMPTS[:1], **CALL)
+    assert raised
+    torch.testing.assert_close(out.samples, wanted.samples, rtol=1e-3, atol=1e-3)
+
+
 def test_guidance_beside_weighted_particles(toy_pipeline: Any) -> None:
     pipe = SteeredPipeline(toy_pipeline, FeynmanKac(3), red, guide=MPGD(strength=0.1))
     out, again = pipe(PROMPTS, **CALL), pipe(PROMPTS[1:], ids=[1], **CALL)

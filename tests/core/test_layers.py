@@ -21,8 +21,9 @@ PLUGINS = sorted([*(ROOT / "samplers").glob("*.py"), *(ROOT / "rewards").glob("*
 # what a lower floor may not know; later names may import earlier ones only
 FLOORS = [
     ["rng", "algebra", "ledger", "types"],
-    ["timing", "start"],
+    ["timing"],
     ["blocks", "media", "fingerprint"],
+    ["start"],
     ["levels", "events", "particles", "resampling", "reward", "hooks", "decoding", "conditions"]
     + ["guidance", "classifier_free", "schedules", "grids", "lineage", "correlation"],
     ["families"],

@@ -99,7 +99,7 @@ class _Encoder:
     """What `ReferenceNoise` asks of a session."""
 
     def __init__(self, pipe: Any) -> None:
-        self.pipe = pipe
+        self.pipe, self.size = pipe, (64, 64)
 
     def encoded(self, frames: Tensor) -> Tensor:
         z: Tensor = self.pipe.vae.encode(frames * 2 - 1).latent_dist.mean

@@ -11,10 +11,10 @@ import torch
 from test_closed_forms import ONE, STEPS, deviations, plain_law
 from torch import Tensor
 
-from diffsteer import SteeredPipeline
+from diffsteer import SteeredPipeline, rng
 from diffsteer.callable import CallableModel, CallableSession
 from diffsteer.guidance import Guidance
-from diffsteer.guided import again
+from diffsteer.guided import GuidedWalk, again
 from diffsteer.reward import FunctionReward, Reward
 from diffsteer.samplers import DPS, LGD, MPGD, TFG, BestOfN, FeynmanKac, FreeDoM, UniversalGuidance
 from diffsteer.toy import GaussianMixture
@@ -89,8 +89,6 @@ def test_a_quadratic_reward_has_its_target_too(name: str, path: str) -> None:
 def test_one_step_by_hand(path: str, k: int) -> None:
     """A Gaussian's clean estimate is linear, so the gradient through it is known."""
     session = CallableSession(model(path), [""], particles=5, seed=0, num_inference_steps=STEPS)
-    from diffsteer.guided import GuidedWalk
-
     at, to = session.levels[k], session.levels[k + 1]
     x = torch.randn(5, 1, dtype=torch.float32) * float(at.sigma)
     alpha, sigma = float(at.alpha), float(at.sigma)
@@ -105,6 +103,43 @@ def test_one_step_by_hand(path: str, k: int) -> None:
         arrival, _ = GuidedWalk(session, guidance, FunctionReward(position, "latents"), [""])._step(x, k)
         torch.testing.assert_close(arrival.x0, plain.x0 + moved, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(arrival.x, plain.x + float(to.alpha) * moved, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("k", [2, 6])
+def test_both_paths_and_smoothing_by_hand(path: str, k: int) -> None:
+    """A quadratic reward -(x0 - 1)^2 / 2 smoothed by n: log mean exp of -(x0 + s z - 1)^2 / 2, whose gradient is the mean of
+    1 - x0 - s z weighted by its exponential; the gradient at x0 does not know of what went through the network."""
+    session = CallableSession(model(path), [""], particles=5, seed=0, num_inference_steps=STEPS)
+    at = session.levels[k]
+    alpha, sigma = float(at.alpha), float(at.sigma)
+    gain = alpha * 0.64 / (alpha**2 * 0.64 + sigma**2)
+    x = torch.randn(5, 1) * float(at.sigma)
+    x0 = session.segment(x, k, k + 1).x0
+    reward = FunctionReward(square, "latents")
+    rows = {"normaliser": "none", "clean": 0.3, "network": 0.2, "iterations": 2, "draws": 4, "smoothing": 0.5}
+    walk = GuidedWalk(session, Guidance(**rows), reward, [""])  # type: ignore[arg-type]
+    keys, size = [session.key(r) for r in range(5)], 0.5 * sigma / math.hypot(alpha, sigma)
+    z = torch.stack([rng.normal(session.seed, keys, k, f"smooth {j}", session.shape) for j in range(4)])
+
+    def gradient(clean: Tensor) -> Tensor:
+        left = 1 - clean - size * z
+        return ((-0.5 * left.square()).softmax(0) * left).sum(0)
+
+    through = 0.2 * gain * gradient(x0) / max(alpha, 0.02)
+    along = 0.3 * gradient(x0)
+    along = along + 0.3 * gradient(x0 + along)
+    torch.testing.assert_close(walk._moved(x, k)[1], through + along, rtol=1e-3, atol=1e-4)
+
+
+def test_an_interval_without_a_step_is_said() -> None:
+    with pytest.warns(UserWarning, match="nothing was guided: none of the 10 steps"):
+        run(MPGD(lowest=0.501, highest=0.502), steps=10)
+
+
+def test_only_each_so_many_steps() -> None:
+    all_of_them, half = (run(MPGD(lowest=0.0, every=e)).ledger.reward_calls for e in (1, 2))
+    assert (half - 2) * 2 == all_of_them - 2
 
 
 @pytest.mark.parametrize("path", PATHS)

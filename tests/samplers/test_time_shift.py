@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
+from core.test_backend import with_scheduler
 from torch import Tensor
 
 from diffsteer import SteeredPipeline, load_pipeline
@@ -159,13 +162,68 @@ def test_higher_orders_are_nearer_to_the_solution(order: int) -> None:
     assert (several - exact).norm() < 0.5 * (single - exact).norm()
 
 
-def test_scaling_takes_noise_away() -> None:
-    model = gaussian(0.3, shape=(3, 8, 8))
-    spread = [
-        float(SteeredPipeline(model, EpsilonScaling(scale=s))(["a"], num_inference_steps=10, seed=1).samples.var())
-        for s in (1.0, 1.05)
-    ]
-    assert spread[1] != pytest.approx(spread[0], rel=1e-3)
+@pytest.mark.parametrize("scale", [0.98, 1.05])
+def test_scaling_divides_the_noise(scale: float) -> None:
+    """One step by hand."""
+    session = CallableSession(gaussian(0.3, shape=(3, 8, 8)), ["a"], num_inference_steps=8, particles=2, seed=0, eta=0.0)
+    walk = TimedWalk(session, Timing(window=0.0, epsilon_scale=scale))
+    x, k = session.noise(), 3
+    at, to = session.levels[k], session.levels[k + 1]
+    alpha, sigma = float(at.alpha), float(at.sigma)
+    eps = (x - alpha * session.segment(x, k, k + 1).x0) / sigma / scale
+    x0 = (x - sigma * eps) / alpha
+    stepped, clean = walk._step(x, k, walk._nominal(k))
+    torch.testing.assert_close(clean, x0, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stepped, float(to.alpha) * x0 + float(to.sigma) * eps, rtol=1e-4, atol=1e-5)
+
+
+def test_the_data_s_variance_is_measured() -> None:
+    for variance in (0.1, 0.8):
+        session = CallableSession(gaussian(variance), ["a", "b"], num_inference_steps=100, particles=2, seed=0, eta=0.0)
+        found, _ = TimedWalk(session, Timing(window=40.0))._data_variance()
+        assert found.shape == (4,) and found.tolist() == pytest.approx([variance] * 4, rel=0.15)  # of 100 steps
+
+
+@pytest.mark.parametrize("order", [1, 2, 4])
+@pytest.mark.parametrize("scale", [1.0, 1.001])
+def test_levels_without_signal_are_stepped_from_by_the_network_s_own_estimate(order: int, scale: float) -> None:
+    """A flow begins with none: nothing there is divided by alpha."""
+    steered = SteeredPipeline(gaussian(0.3, "flow", (3, 8, 8)), EpsilonScaling(2, scale=scale, order=order))
+    out = steered(["a"] * 8, num_inference_steps=20, seed=0)
+    assert float(out.samples.var()) == pytest.approx(0.3, rel=0.2)
+    assert out.ledger.evaluations == steered.estimate(8, 20).evaluations
+
+
+def test_a_window_is_in_thousandths_of_the_model_s_times() -> None:
+    vp, flow = clock_of(gaussian(0.3), 10), clock_of(gaussian(0.3, "flow"), 10)
+    assert vp.unit == 1.0 and flow.unit == pytest.approx(1e-3, rel=1e-2)
+    near = flow.window(0.5, 40.0)
+    assert float(near.max() - near.min()) == pytest.approx(0.04, abs=0.002)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        steered = SteeredPipeline(gaussian(0.3, "flow", (3, 8, 8)), TimeShift(2))
+        assert len(steered(["a"], num_inference_steps=10, seed=0).trace.shifts) > 3
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "PNDMScheduler", "DDIMScheduler"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_schedulers_and_precisions(toy_pipeline: Any, name: str, dtype: torch.dtype) -> None:
+    pipe = with_scheduler(copy.deepcopy(toy_pipeline).to(dtype), name)
+    for sampler in (
+        TimeShift(2, reference="noise", cutoff=0.0),
+        EpsilonScaling(2, scale=1.01),
+        TimeShift(2, window=0.0, order=4),
+    ):
+        steered = SteeredPipeline(pipe, sampler, decoder="none")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            out = steered(["a circle"], num_inference_steps=6, seed=0)
+        assert bool(out.latents.isfinite().all()) and out.latents.dtype == dtype
+        assert out.ledger.counts == steered.estimate(1, 6).counts
+    plain = SteeredPipeline(pipe, TimeShift(2, window=0.0), decoder="none")(["a circle"], num_inference_steps=6, seed=0)
+    ddim = SteeredPipeline(with_scheduler(pipe, "DDIMScheduler"), BestOfN(2, eta=0.0), decoder="none")
+    if dtype == torch.float32 and name == "DDIMScheduler":
+        assert torch.equal(plain.latents, ddim(["a circle"], num_inference_steps=6, seed=0).latents)
 
 
 def test_levels_between_those_of_the_table() -> None:
