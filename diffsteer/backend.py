@@ -129,7 +129,9 @@ class DiffusersSession(ClipSession):
             first = self._first_states([0])
         except (TypeError, ValueError) as error:
             name = f"{type(self.user).__name__} with {type(self.user.scheduler).__name__}"
-            raise DiffsteerError(f"{name}: {error}") from error
+            grid = next((key for key in ("timesteps", "sigmas") if key in self._grid_call), "")
+            said = f"walks no {grid}={list(self._grid_call[grid])}" if grid else "cannot begin"
+            raise DiffsteerError(f"{name} {said}: {error}") from error
         scheduler = self.shadow.scheduler
         self.steps = len(scheduler._grid) - control.skipped
         if self.steps < 1:

@@ -14,6 +14,7 @@ from diffsteer.decoding import Size
 from diffsteer.families import Family
 from diffsteer.session import Session
 from diffsteer.start import refuse_encoding
+from diffsteer.types import DiffsteerError
 
 
 class ClipSession(Session):
@@ -50,4 +51,9 @@ class ClipSession(Session):
         """Features of both halves of guidance, a row a frame, as those of the conditional half, which comes last: of states
         (N, C, F, h, w) they are (N, F, C', h', w')."""
         for name, feature in self.features.items() if self._taps else ():
+            if not isinstance(feature, Tensor) or feature.ndim != 4 or len(feature) % (len(states) * states.shape[2]):
+                shape = tuple(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
+                raise DiffsteerError(
+                    f"the module {name} gives no features of frames, (N F, C, h, w), but {shape}: take one like up_blocks.0"
+                )
             self.features[name] = feature.view(-1, states.shape[2], *feature.shape[1:])[-len(states) :]

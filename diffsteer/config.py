@@ -166,8 +166,11 @@ def build(kind: str, config: DictConfig) -> Any:
     if not isinstance(name, str):
         raise DiffsteerError(f"{kind}: it has no name{nearest('', registered(kind))}")
     if kind in ("sampler", "guide", "schedule") and name == "none":
+        extra = [key for key in config if key != "name"]
+        if extra:
+            raise DiffsteerError(f"{kind}=none has no {extra[0]!s}")
         return None
-    kind = "sampler" if kind == "guide" else kind
+    group, kind = kind, "sampler" if kind == "guide" else kind
     cls = find(kind, name)
     try:
         given = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
@@ -177,6 +180,10 @@ def build(kind: str, config: DictConfig) -> Any:
         raise DiffsteerError(_explain_key(error, kind)) from error
     assert isinstance(values, dict)
     del values["name"]
+    if group == "guide":
+        for key in ("particles", "eta"):
+            if values[key] != getattr(cls, key):
+                raise DiffsteerError(f"guide.{key}={values[key]} has no effect: give sampler.{key}")
     return cls(**{str(k): tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 

@@ -105,10 +105,11 @@ def inconsistency(
     return (each * weights).sum((1, 2)) / weights.sum().clamp(min=1e-6)
 
 
-def moving_mask(clip: Tensor, side: int = 16, least: float = 0.15) -> Tensor:
-    """Where anything changes in a clip (F, C, h, w): 1 there, and next to it, in any frame; (F, h', w')."""
-    small = pooled(clip[None], side)[0]
+def moving_mask(clip: Tensor, size: tuple[int, int] = (16, 16), least: float = 0.15, still: float = 0.02) -> Tensor:
+    """Where anything changes in a clip (F, C, h, w): 1 there, and next to it, in any frame; (F, h', w') at the given size. All
+    zeros where nothing changes by more than `still`."""
+    small = adaptive_avg_pool2d(clip.float(), size)
     change = (small - small.median(0, keepdim=True).values).norm(dim=1)  # (F, h', w')
-    moving = (change > least * change.max().clamp(min=1e-6)).float()
+    moving = (change > max(least * float(change.max()), still)).float()
     wide = torch.nn.functional.max_pool2d(moving[:, None], 3, 1, 1)[:, 0]
     return wide.amax(0, keepdim=True).expand_as(wide).contiguous()

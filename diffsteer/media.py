@@ -74,7 +74,7 @@ def check_video(video: str) -> None:
         _av()
 
 
-def read_clip(path: str | Path) -> list[Image.Image]:
+def read_clip(path: str | Path, least: int = 2) -> list[Image.Image]:
     """The frames of a clip, RGB: a GIF or another animated picture, a video (with PyAV), or a folder of pictures in order.
 
     Raises:
@@ -82,27 +82,47 @@ def read_clip(path: str | Path) -> list[Image.Image]:
     """
     path = Path(path)
     if path.is_dir():
-        frames = [Image.open(p).convert("RGB") for p in sorted(path.iterdir()) if p.suffix.lower() in (".png", ".jpg", ".webp")]
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in (".png", ".jpg", ".webp"))
+        frames = [frame for p in files for frame in _pictures(p)[:1]]
     elif not path.is_file():
         raise DiffsteerError(f"{path}: there is no such clip")
     else:
-        try:
-            with Image.open(path) as picture:
-                frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(picture)]
-        except UnidentifiedImageError:
-            frames = _read_video(path)
-    if len(frames) < 2:
-        raise DiffsteerError(f"{path}: a clip has at least 2 frames, and this has {len(frames)}")
+        frames = _read_video(path) if path.suffix.lower() in (".mp4", ".webm", ".mov", ".mkv", ".avi") else _pictures(path)
+    if len(frames) < least:
+        raise DiffsteerError(f"{path}: a clip has at least {least} frames, and this has {len(frames)}")
+    if len({frame.size for frame in frames}) > 1:
+        raise DiffsteerError(f"{path}: its frames are of several sizes, {frames[0].size} and others")
     return frames
 
 
-def as_clip(clip: Any) -> Tensor:
-    """A clip as (F, 3, H, W) in [0, 1]: from a file, a folder, PIL images, or a tensor."""
+def _pictures(path: Path) -> list[Image.Image]:
+    """The pictures in a file."""
+    try:
+        with Image.open(path) as picture:
+            return [frame.convert("RGB") for frame in ImageSequence.Iterator(picture)]
+    except UnidentifiedImageError:
+        return _read_video(path)
+    except (OSError, SyntaxError, ValueError) as error:  # what PIL says of broken files
+        raise DiffsteerError(f"{path}: it cannot be read ({error})") from error
+
+
+def as_clip(clip: Any, least: int = 2) -> Tensor:
+    """A clip as (F, 3, H, W) in [0, 1]: from a file, a folder, PIL images, or a tensor.
+
+    Raises:
+        DiffsteerError: what is none, cannot be read, or has fewer frames than `least`.
+    """
     if isinstance(clip, Tensor):
         if clip.ndim != 4 or clip.shape[1] != 3:
             raise DiffsteerError(f"a clip is a tensor (F, 3, H, W) in [0, 1], not {tuple(clip.shape)}")
         return clip.float()
-    frames = clip if isinstance(clip, (list, tuple)) else read_clip(clip)
+    if isinstance(clip, Image.Image):
+        clip = [clip]
+    if not isinstance(clip, (str, Path, list, tuple)):
+        raise DiffsteerError(f"a clip is a file, a folder, frames, or a tensor (F, 3, H, W) in [0, 1], not {clip!r}")
+    frames = clip if isinstance(clip, (list, tuple)) else read_clip(clip, least)
+    if len(frames) < least or len({frame.size for frame in frames}) > 1:
+        raise DiffsteerError(f"a clip is at least {least} frames of one size, not {[frame.size for frame in frames]}")
     arrays = np.stack([np.asarray(f.convert("RGB")) for f in frames])
     return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from diffsteer import __version__
 from diffsteer.batch import MANIFEST, Item, finite
-from diffsteer.config import build, settings
+from diffsteer.config import build, schema, settings
 from diffsteer.fingerprint import fingerprints
 from diffsteer.generate import (
     call_of,
@@ -117,7 +118,7 @@ def _leave(trials: list[Trial], bench: Bench, told: DictConfig, name: str, out: 
     ]
     if len(trials) - 1 < told.trials:
         facts.append(f"The budget of {told.evaluations} evaluations ended it before {told.trials} trials.")
-    command = f"diffsteer generate --config-dir {shlex.quote(shown)} sampler={name}"
+    command = " ".join([f"diffsteer generate --config-dir {shlex.quote(shown)} sampler={name}", *_told()])
     file = out / "sampler" / f"{name}.yaml"
     if best is not None:
         facts.append(f"The best trial is `sampler/{name}.yaml`: `{command}`")
@@ -132,6 +133,13 @@ def _leave(trials: list[Trial], bench: Bench, told: DictConfig, name: str, out: 
         print(command)
 
 
+def _told() -> list[str]:
+    """What the search was told beside its own keys, its prompts and seeds, and the sampler, quoted."""
+    own = ("tune", "sampler", "out", "prompt", "prompts", "seed")
+    given = [str(o) for o in HydraConfig.get().overrides.task]
+    return [shlex.quote(o) for o in given if o.lstrip("+~").partition("=")[0].partition(".")[0] not in own]
+
+
 def _check_own(told: DictConfig) -> None:
     for key in ("trials", "seeds", "evaluations"):
         if told[key] is not None and told[key] < 1:
@@ -144,6 +152,14 @@ def _check_name(name: str) -> None:
         raise DiffsteerError(f"tune.name={name}; it takes letters, digits, _ and -, a letter first")
     if name == "none" or name in registered("sampler"):
         raise DiffsteerError(f"tune.name={name} is the name of a sampler that there is; choose another")
+
+
+def _same(one: DictConfig, other: DictConfig) -> bool:
+    """Do two configurations of a reward describe the same one?"""
+    cls = find("reward", str(one.name))
+    whole = OmegaConf.structured(schema(cls, str(one.name)))
+    filled = [OmegaConf.to_container(OmegaConf.merge(whole, OmegaConf.create(_plainly(config)))) for config in (one, other)]
+    return filled[0] == filled[1]
 
 
 def _plainly(value: Any) -> Any:
@@ -175,7 +191,7 @@ def _judge(config: DictConfig, holdout: Any, items: Sequence[Item]) -> Reward | 
     if not isinstance(named, DictConfig) or (isinstance(holdout, str) and holdout not in registered("reward")):
         raise DiffsteerError(f"tune.holdout={holdout} is unknown{nearest(str(holdout), [CHECKER, *registered('reward')])}")
     held: Reward = build("reward", named)
-    if isinstance(holdout, str) and holdout == config.reward.get("name"):
+    if type(held) is type(build("reward", config.reward)) and _same(named, config.reward):
         raise DiffsteerError(f"tune.holdout={holdout} is the reward that steers: hold out another one")
     return held
 

@@ -43,7 +43,8 @@ class MotionConsistency(Reward):
         features: "pixels" or "network". blocks: modules of the denoiser whose outputs are tapped.
 
     Raises:
-        DiffsteerError: a value out of its range; a reference that cannot be read; no reference; pictures instead of clips.
+        DiffsteerError: a value out of its range; a reference that cannot be read; no reference; pictures instead of clips; a
+            mask that leaves no place, such as "moving" of a reference that stands still.
     """
 
     reference: Any = None
@@ -74,10 +75,18 @@ class MotionConsistency(Reward):
             raise DiffsteerError(f"motion_consistency: side={self.side}; at least 2 is needed")
         self.blocks = (self.blocks,) if isinstance(self.blocks, str) else tuple(self.blocks)
         self.taps = self.blocks if self.features == "network" else ()
+        if self.features == "network" and not self.blocks:
+            raise DiffsteerError("motion_consistency: features=network wants blocks, modules of the denoiser: up_blocks.0")
         self.frames: Tensor | None = None if self.reference is None else as_clip(self.reference)
         self._mask: Tensor | None = None
+        if isinstance(self.mask, bool | int | float):
+            raise DiffsteerError(f'motion_consistency: mask={self.mask}; valid: "", moving, or a picture or clip')
         if isinstance(self.mask, Tensor) or (self.mask and self.mask != "moving"):
-            self._mask = as_clip(self.mask).mean(1)
+            self._mask = as_clip(self.mask, least=1).mean(1)
+            if float(self._mask.max()) <= 0:
+                raise DiffsteerError("motion_consistency: the mask is black all over: no place counts")
+        if self.mask == "moving" and self.frames is not None and not bool(moving_mask(self.frames).any()):
+            raise DiffsteerError("motion_consistency: nothing moves in the reference: with mask=moving no place counts")
 
     def prepare(self, prompts: Sequence[str], ctx: Context) -> None:
         """Refuse to run without a reference."""
@@ -90,6 +99,8 @@ class MotionConsistency(Reward):
         """Clips (N, F, 3, H, W) in [0, 1] -> (N,)."""
         if samples.ndim != 5:
             raise DiffsteerError(f"motion_consistency scores clips (N, F, 3, H, W), not {tuple(samples.shape)}")
+        if samples.shape[1] < 2:
+            raise DiffsteerError("motion_consistency compares frames, and clips of one frame are made: ask for more")
         return self._compare(samples, self.clip(samples.shape[1], samples.shape[-2], samples.shape[-1])[None])
 
     def score_features(self, features: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Tensor:
@@ -116,7 +127,7 @@ class MotionConsistency(Reward):
         frames, side = clips.shape[1], [min(s, self.side) for s in clips.shape[-2:]]
         if self._mask is None:
             assert self.frames is not None
-            return moving_mask(resampled(self.frames, frames, 4 * side[0], 4 * side[1]), self.side)
+            return moving_mask(resampled(self.frames, frames, 4 * side[0], 4 * side[1]), (side[0], side[1]))
         mask = self._mask if len(self._mask) > 1 else self._mask.expand(frames, -1, -1)
         mask = mask[torch.linspace(0, len(mask) - 1, frames).round().long()]
         return adaptive_avg_pool2d(mask[:, None], (side[0], side[1]))[:, 0].contiguous()

@@ -39,6 +39,10 @@ def test_it_is_what_python_does(command: Callable[..., Any], manifest: Callable[
         (("guide=mpgd", "reward=compressibility"), "compressibility has none"),
         (("guide=mpgd", "guide.strength=-1"), "clean=-1"),
         (("guide=",), "guide= is no option"),
+        (("guide=mpgd", "guide.particles=7"), "guide.particles=7 has no effect: give sampler.particles"),
+        (("guide=mpgd", "guide.eta=0"), "guide.eta=0.0 has no effect"),
+        (("+guide.every=2",), "guide=none has no every"),
+        (("guide=mpgd", "guide.every=0"), "every=0"),
     ],
 )
 def test_what_cannot_be_is_refused(command: Callable[..., Any], tmp_path: Path, argv: tuple[str, ...], said: str) -> None:

@@ -58,9 +58,19 @@ def test_clips_follow_a_reference_and_may_be_mp4(command: Any, manifest: Any, tm
     save(render_clip(sample_clip("colors", np.random.default_rng(5))), tmp_path / "clip.gif")
     other = command(*asked, "prompt=a blue ring", "reference=clip.gif", "video=mp4", "out=o")
     assert other.code == 2 and "other settings" in other.err, "another reference under the same name"
+    for folder, sides in (("sizes", (8, 9)), ("broken", (8, 8))):
+        (tmp_path / folder).mkdir()
+        for i, side in enumerate(sides):
+            Image.new("RGB", (side, side)).save(tmp_path / folder / f"{i}.png")
+    (tmp_path / "broken" / "1.png").write_bytes((tmp_path / "broken" / "1.png").read_bytes()[:40])
+    (tmp_path / "cut.gif").write_bytes((tmp_path / "clip.gif").read_bytes()[:-2000])
     for wrong, said in (
         (("prompt=x", "out=p"), "has no reference"),
         (("prompt=a ring", "reference=none.gif", "out=p"), "no such clip"),
+        (("prompt=a ring", "reference=sizes", "out=p"), "frames are of several sizes"),
+        (("prompt=a ring", "reference=broken", "out=p"), "1.png: it"),
+        (("prompt=a ring", "reference=cut.gif", "out=p"), "cut.gif: it"),
+        (("prompt=a ring", "reference=clip.gif", "reward.mask=true", "out=p"), "mask=True"),
         (("prompt=a ring", "reference=clip.gif", "video=avi", "out=p"), "valid: gif, mp4"),
         (("prompt=a ring", "reference=clip.gif", "reward=clip", "reference_share=0", "out=p"), "reference= has no effect"),
     ):

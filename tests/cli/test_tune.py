@@ -142,7 +142,7 @@ def test_ranges_are_read() -> None:
 
 
 WRONG = {
-    "nothing to tune": ([], ["tune.parameters", "strength, highest, lowest"]),
+    "nothing to tune": ([], ["tune.parameters", "highest, lowest, every, strength"]),
     "no sampler": (["sampler=none", RANGE], ["sampler=none"]),
     "an unknown field": (["tune.parameters.strenght=0.1..1"], ["strenght", "did you mean 'strength'?"]),
     "a field without numbers": (["tune.parameters.normaliser=0.1..1"], ["normaliser", "takes no numbers"]),
@@ -161,6 +161,7 @@ WRONG = {
     "an unknown key": ([RANGE, "tune.trails=3"], ["trails", "did you mean 'trials'?"]),
     "an unknown key of all": ([RANGE, "+smapler=3"], ["smapler", "did you mean 'sampler'?"]),
     "a judge": ([RANGE, "tune.holdout=chekcer"], ["tune.holdout=chekcer", "did you mean 'checker'?"]),
+    "the same judge in other words": ([RANGE, "tune.holdout={name: clip}"], ["tune.holdout=", "steers"]),
     "a judge who takes part": ([RANGE, "tune.holdout=clip"], ["tune.holdout=clip", "steers"]),
     "a prompt that the checker cannot read": ([RANGE, "tune.holdout=checker", "prompt=red red"], ["cannot read", "red red"]),
     "a name that is taken": ([RANGE, "tune.name=mpgd"], ["tune.name=mpgd"]),
@@ -216,7 +217,7 @@ def test_it_measures_what_python_measures_and_the_file_is_usable(
 ) -> None:
     done = tune("tune.trials=2", "tune.name=mine", "out=o")
     assert done.code == 0, done.err
-    assert done.out.splitlines()[-1] == "diffsteer generate --config-dir o sampler=mine"
+    assert done.out.splitlines()[-1] == f"diffsteer generate --config-dir o sampler=mine num_inference_steps={STEPS}"
     read = lines(tmp_path / "o")
     assert [(line["trial"], line["prompt"]) for line in read] == [(n, p) for n in (PLAIN, 0, 1) for p in PROMPTS]
     assert all(line["evaluations"] == EACH and line["holdout"] in (0.0, 1.0) for line in read)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from diffsteer import SteeredPipeline, load_pipeline
+from diffsteer.backend import DiffusersSession
 from diffsteer.correlation import VARIANTS, correlations, inconsistency, moving_mask, pairs_of, pooled
 from diffsteer.guidance import Guidance
+from diffsteer.guided import GuidedWalk
 from diffsteer.media import as_clip
 from diffsteer.rewards import ClipScore, MotionCoherence, MotionConsistency
 from diffsteer.samplers import BestOfN, FeynmanKac
@@ -170,6 +174,59 @@ def test_features_of_the_network_are_a_batch_of_their_own(pipe: Any) -> None:
     torch.testing.assert_close(again.latents, one.latents, rtol=1e-3, atol=1e-3)
 
 
+def test_features_pull_towards_the_reference(pipe: Any) -> None:
+    """The guided direction is that in which the reward of the features rises: finite differences through the network."""
+    reward = MotionConsistency(clip_of((2.0, 0.0)), features="network", variant="softmax")
+    session = DiffusersSession(pipe, [PROMPT], particles=1, seed=0, num_inference_steps=4)
+    walk, k = GuidedWalk(session, Guidance(clean=0.0, network=0.3), reward, [PROMPT]), 1
+    x = session.segment(session.noise(), 0, k).x
+    assert walk.tapped is not None
+    wanted = walk.tapped.reference(k)
+
+    def value(state: Tensor) -> float:
+        with session.tapping(reward.taps) as features:
+            session.segment(state, k, k + 1)
+        return float(reward.score_features(features, wanted))
+
+    _, moved = walk._moved(x, k)
+    along = moved / moved.norm()
+    assert value(x + 0.5 * along) > value(x) + 1e-7 > value(x - 0.5 * along) + 2e-7
+    with session.tapping(reward.taps) as features:
+        gradient, _ = session.gradient(x, k, lambda x0, rows: reward.score_features(features, wanted))
+    slope = (value(x + 0.2 * along) - value(x - 0.2 * along)) / 0.4
+    assert slope == pytest.approx(float((gradient * along).sum()), rel=0.1)
+    with pytest.raises(DiffsteerError, match="features of the network are not smoothed"):
+        GuidedWalk(session, Guidance(clean=0.0, network=0.3, draws=4, smoothing=1.0), reward, [PROMPT])
+
+
+@pytest.mark.parametrize("frames", [8, 11, 4])
+def test_a_reference_may_be_longer_than_what_is_made(pipe: Any, frames: int) -> None:
+    reference = clip_of((1.0, 0.0), frames=frames)
+    run = SteeredPipeline(pipe, BestOfN(1), MotionConsistency(reference), start=ReferenceNoise(reference, 0.5))
+    if frames < 8:
+        with pytest.raises(DiffsteerError, match="has 4 frames, and clips of 8 are made"):
+            run([PROMPT], **SHORT)
+    else:
+        assert run([PROMPT], **SHORT).rewards.shape == (1, 1)
+
+
+@pytest.mark.parametrize("block", ["up_blocks.0", "mid_block", "down_blocks.1"])
+def test_a_mask_fits_features_of_any_size(pipe: Any, block: str) -> None:
+    reward = MotionConsistency(clip_of((2.0, 0.0)), features="network", mask="moving", blocks=(block,))
+    guide = Guidance(clean=0.0, network=0.3, lowest=0.9)
+    assert SteeredPipeline(pipe, BestOfN(1), reward, guide=guide)([PROMPT], **SHORT).ledger.backwards > 0
+
+
+def test_a_still_picture_is_a_mask(tmp_path: Path) -> None:
+    left = torch.zeros(1, 3, 64, 64)
+    left[..., :32] = 1
+    Image.fromarray((left[0].permute(1, 2, 0) * 255).byte().numpy()).save(tmp_path / "left.png")
+    clips = torch.stack([clip_of((2.0, 0.0)), clip_of((-2.0, 0.0))])
+    found = [MotionConsistency(clips[0], mask=m).score(clips, [PROMPT] * 2, CTX) for m in (left, str(tmp_path / "left.png"))]
+    torch.testing.assert_close(*found)
+    assert not torch.equal(found[0], MotionConsistency(clips[0]).score(clips, [PROMPT] * 2, CTX))
+
+
 def test_particles_select_by_motion(pipe: Any) -> None:
     reward = MotionConsistency(clip_of((2.0, 0.0)))
     sampler = FeynmanKac(4, events=(0.5, 0.75))
@@ -188,6 +245,11 @@ def test_particles_select_by_motion(pipe: Any) -> None:
         (lambda: MotionConsistency(side=1), "at least 2"),
         (lambda: MotionConsistency(features="words"), "valid: pixels, network"),
         (lambda: MotionConsistency("/nowhere.gif"), "no such clip"),
+        (lambda: MotionConsistency(clip_of((2.0, 0.0)), mask=True), "mask=True; valid"),
+        (lambda: MotionConsistency(clip_of((2.0, 0.0)), mask=torch.zeros(1, 3, 8, 8)), "black all over"),
+        (lambda: MotionConsistency(clip_of((0.0, 0.0)), mask="moving"), "nothing moves in the reference"),
+        (lambda: MotionConsistency(features="network", blocks=()), "wants blocks"),
+        (lambda: MotionConsistency(3), "a clip is a file"),
         (lambda: MotionCoherence(side=0), "at least 1"),
         (lambda: ReferenceNoise(torch.zeros(2, 3, 8, 8), share=2), "share=2"),
     ],
@@ -209,6 +271,11 @@ def test_wrong_uses_are_told(pipe: Any) -> None:
     reading = MotionConsistency(reference, features="network")
     with pytest.raises(DiffsteerError, match="cannot be one term"):
         SteeredPipeline(pipe, BestOfN(1), reading + ClipScore(), guide=through)([PROMPT], **SHORT)
+    times = MotionConsistency(reference, features="network", blocks="time_embedding")
+    with pytest.raises(DiffsteerError, match="the module time_embedding gives no features of frames"):
+        SteeredPipeline(pipe, BestOfN(1), times, guide=through)([PROMPT], **SHORT)
+    with pytest.raises(DiffsteerError, match="clips of one frame are made"):
+        MotionConsistency(reference).score(torch.rand(1, 1, 3, 64, 64), [PROMPT], CTX)
     unknown = MotionConsistency(reference, features="network", blocks="up_block.0")
     with pytest.raises(DiffsteerError, match="no module 'up_block.0'; did you mean 'up_blocks.0'"):
         SteeredPipeline(pipe, BestOfN(1), unknown, guide=through)([PROMPT], **SHORT)
