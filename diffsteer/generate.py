@@ -20,6 +20,7 @@ from diffsteer.algebra import NOISES
 from diffsteer.batch import GRID, MANIFEST, Folder, Item, as_items, generate, read_items
 from diffsteer.blocks import check_size
 from diffsteer.config import Config, as_yaml, build, settings
+from diffsteer.families import family_of
 from diffsteer.grids import check_schedule
 from diffsteer.guidance import guidance_of
 from diffsteer.measured import settled
@@ -29,6 +30,7 @@ from diffsteer.registry import find, nearest
 from diffsteer.reward import Reward
 from diffsteer.run import OUTPUTS
 from diffsteer.schedules import Schedule
+from diffsteer.selection import check_inputs
 from diffsteer.shapes.models import MODELS, digest, is_embedded
 from diffsteer.sheet import first_frame, sheet
 from diffsteer.start import NoiseTransform, ReferenceNoise
@@ -253,6 +255,9 @@ def schedule_of(config: DictConfig, pipe: Any, prompts: list[Any], out: Path) ->
     """The schedule that a configuration names, measured if it is one of those, which is kept in the folder."""
     call = {k: v for k, v in call_of(config).items() if k not in ("sigmas", "timesteps")}
     named = build("schedule", config.schedule)
+    if hasattr(named, "measured") and not (out / "schedule.json").exists():
+        count = min(named.prompts, len(set(map(str, prompts))))
+        print(f"schedule {named.name}: measured first, on {count} prompt{'s' * (count > 1)}", flush=True)
     return settled(named, pipe, prompts, config.num_inference_steps, out / "schedule.json", **call)
 
 
@@ -272,6 +277,8 @@ def _fill(
     if not folder.missing:
         folder.finish()
         return
+    made = family_of(pipe)
+    check_inputs(True, reward, makes=made.makes if made else "")
     steered = steered_of(config, pipe, sampler, reward, guide=guide, start=start, schedule=schedule)
     prompts, particles = len(folder.missing), sampler.particles if sampler else 1
     check_call(pipe, given_call(config))

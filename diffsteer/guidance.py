@@ -137,6 +137,11 @@ class Guidance:
         time = float(at.sigma / (at.alpha + at.sigma))
         return max(self.clean, self.network) > 0 and self.lowest <= time <= self.highest and step % self.every == 0
 
+    @property
+    def measures_pulls(self) -> bool:
+        """Does it want to know what classifier-free guidance does?"""
+        return self.normaliser == "cfg" and max(self.clean, self.network) > 0
+
     def shares(self, levels: Sequence[Level]) -> list[float]:
         """What of a strength each step of a grid has; their mean is 1."""
         kept = [float((a.alpha / b.alpha) ** 2) for a, b in zip(levels[:-1], levels[1:], strict=True)]
@@ -188,6 +193,8 @@ def guidance_of(guide: Any, sampler: Any) -> Guidance | None:
     found = getattr(guide, "guidance", guide)
     if not isinstance(found, Guidance):
         raise DiffsteerError(f"guide is a Guidance, or a method that has one, not {guide!r}")
+    if found.recurrence > 1 and sampler.exact:
+        raise DiffsteerError("guidance: recurrence goes with no weighted particles: the law of its states is not known")
     return found
 
 

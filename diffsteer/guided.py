@@ -27,8 +27,8 @@ class GuidedWalk:
         weighed: the rows carry weights: what moved them is told with each event, so that their target stays.
 
     Raises:
-        DiffsteerError: weights together with recurrences, whose law is not known, or with a solver's own noise.
-        UnsupportedError: a pipeline that cannot be cut into steps.
+        DiffsteerError: weights together with a solver's own noise; features of the network that are to be smoothed.
+        UnsupportedError: a pipeline that cannot be cut into steps; normaliser=cfg without classifier-free guidance.
     """
 
     def __init__(
@@ -36,8 +36,6 @@ class GuidedWalk:
     ) -> None:
         if session.no_reentry:
             raise UnsupportedError(f"guidance takes single steps, and this pipeline cannot be cut, since {session.no_reentry}")
-        if weighed and guidance.recurrence > 1:
-            raise DiffsteerError("guidance: recurrence goes with no weighted particles: the law of its states is not known")
         if weighed and session.native:
             raise DiffsteerError("guidance: weighted particles want transition=own, whose noise is known")
         self.session, self.guidance, self.reward, self.prompts = session, guidance, reward, list(prompts)
@@ -52,7 +50,7 @@ class GuidedWalk:
             raise DiffsteerError("guidance: features of the network are not smoothed: set draws=1 and smoothing=0")
         self.moments = {"clean": Moments(), "network": Moments()} if guidance.normaliser == "adam" else {}
         self.guided = self.skipped = 0
-        if guidance.normaliser == "cfg":
+        if guidance.measures_pulls:
             session.measure_pulls()
 
     def __call__(self, select: Selection) -> Tensor:

@@ -16,6 +16,7 @@ from diffsteer import rng
 from diffsteer.algebra import Level
 from diffsteer.blocks import Blocks, Size, check_size
 from diffsteer.callable import CallableModel, CallableSession
+from diffsteer.classifier_free import PULLS
 from diffsteer.control import check_noise
 from diffsteer.grids import check_schedule, explicit
 from diffsteer.guidance import guidance_of
@@ -249,6 +250,9 @@ class SteeredPipeline:
             facts = {"apart": family.apart}
             known = recommended(self.pipe) | {k: v for k, v in call.items() if v is not None}
             guided = is_guided(self.pipe, known)
+            moves = self.guide or getattr(self.sampler, "guidance", None)
+            if moves is not None and moves.measures_pulls and not guided:
+                raise UnsupportedError(PULLS)
             asked = num_inference_steps or known.get("num_inference_steps")
             eta = None if self.sampler is None or self.transition == "native" else self.sampler.eta
             steps, levels = grid_of(self.pipe, asked, known, eta, schedule, self._own())

@@ -59,6 +59,8 @@ class Pull:
             raise DiffsteerError(f"the reward {reward.name} has no gradient: use it with particles, or in the noise search")
         if reward.input == "pixels" and vae is None:
             raise DiffsteerError(f"the reward {reward.name} looks at {reward.input}: connect a VAE")
+        if guidance.measures_pulls:
+            raise DiffsteerError("ComfyUI mixes classifier-free guidance out of sight: take another normaliser than cfg")
         self.guidance, self.reward, self.prompt, self.vae, self.host = guidance, reward, prompt, vae, host
         self.cut = Blocks(chunk)
         self.run = Guided({})
@@ -159,12 +161,12 @@ class PulledGuider:
                 moved = moved + update_of([f[1] for f in found], [f[2] for f in found], guidance.network, True)
             else:
                 x0 = predict(x, timestep)
+            along = torch.zeros_like(moved)  # without what went through the network, as in the core
             for _ in range(guidance.iterations if guidance.clean > 0 else 0):
-                z = x0 + moved.to(x0)
-                parts = pull.cut.run(len(x), partial(from_clean, x0=z))
-                moved = moved + update_of([p[0] for p in parts], [p[1] for p in parts], guidance.clean, False)
+                parts = pull.cut.run(len(x), partial(from_clean, x0=x0 + along.to(x0)))
+                along = along + update_of([p[0] for p in parts], [p[1] for p in parts], guidance.clean, False)
         pull.host.keep_loaded(self, x.shape)
-        return x0 + moved.to(x0)
+        return x0 + (moved + along).to(x0)
 
 
 def pulled(base: type[Any], model: Any, pull: Pull) -> Any:

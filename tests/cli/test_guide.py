@@ -6,11 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from diffsteer import SteeredPipeline, load_pipeline
+from diffsteer.media import save
 from diffsteer.rewards import ClipScore
 from diffsteer.samplers import MPGD, FeynmanKac
+from diffsteer.shapes.clips import render_clip, sample_clip
 
 PROMPT, STEPS = "a red circle", 4
 
@@ -43,9 +46,13 @@ def test_it_is_what_python_does(command: Callable[..., Any], manifest: Callable[
         (("guide=mpgd", "guide.eta=0"), "guide.eta=0.0 has no effect"),
         (("+guide.every=2",), "guide=none has no every"),
         (("guide=mpgd", "guide.every=0"), "every=0"),
+        (("sampler=freedom", "guidance_scale=1"), "normaliser=cfg wants a pipeline under classifier-free guidance"),
+        (("reward=motion_consistency", "reference=clip.gif"), "looks at clips, but this pipeline makes images"),
     ],
 )
 def test_what_cannot_be_is_refused(command: Callable[..., Any], tmp_path: Path, argv: tuple[str, ...], said: str) -> None:
+    save(render_clip(sample_clip("colors", np.random.default_rng(4))), tmp_path / "clip.gif")
     done = command("generate", f"prompt={PROMPT}", "num_inference_steps=2", "out=here", *argv)
     assert done.code == 2 and said in done.err and len(done.err.splitlines()) == 1
+    assert not done.out
     assert not (tmp_path / "here" / "images").exists()

@@ -245,3 +245,5 @@ def test_refusals() -> None:
         Pull(Guidance(), Compressibility(), "any", VAE())
     with pytest.raises(DiffsteerError, match="connect a VAE"):
         Pull(Guidance(), Red(), "any")
+    with pytest.raises(DiffsteerError, match="another normaliser than cfg"):
+        Pull(Guidance(normaliser="cfg"), Red(), "any", VAE())
