@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from families.toys import TOYS
 from PIL import Image
 
@@ -76,6 +77,13 @@ def test_clips_follow_a_reference_and_may_be_mp4(command: Any, manifest: Any, tm
     ):
         refused = command(*asked, *wrong)
         assert refused.code == 2 and said in refused.err and refused.err.count("\n") == 1, refused.err
+
+
+def test_a_reward_of_motion_brings_its_guidance(command: Any) -> None:
+    asked = ("generate", "model=shapes-motion", "reference=clip.gif", "reward=motion_consistency", "--cfg", "job")
+    own, other = (yaml.safe_load(command(*argv).out) for argv in (asked, (*asked, "sampler=fk", "reward.side=8")))
+    assert own["sampler"]["name"] == "freedom" and own["sampler"]["lowest"] > 0.5 and own["reward"]["mask"] == "moving"
+    assert other["sampler"]["name"] == "fk" and other["reward"]["side"] == 8 and "reference" in other["reward"]
 
 
 def test_a_reward_of_pictures_scores_a_video_by_its_frames() -> None:
