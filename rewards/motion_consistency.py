@@ -39,7 +39,7 @@ class MotionConsistency(Reward):
         pairs: of frames: consecutive, first (with every later one), both, all.
         temperature: of softmax and displacement.
         side: correlations are taken between at most side x side places.
-        mask: "" for all places, "moving" for those where the reference changes, or a picture or clip whose white parts count.
+        mask: "moving" for places where the reference changes, "" for all, or a picture or clip whose white parts count.
         features: "pixels" or "network". blocks: modules of the denoiser whose outputs are tapped.
 
     Raises:
@@ -52,7 +52,7 @@ class MotionConsistency(Reward):
     pairs: str = setting("both", choices=PAIRS)
     temperature: float = setting(0.1, low=0)
     side: int = setting(16, low=2)
-    mask: Any = ""
+    mask: Any = "moving"
     features: str = setting("pixels", choices=("pixels", "network"))
     blocks: Any = field(default=("up_blocks.0",))
 

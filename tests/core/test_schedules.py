@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from core.test_backend import with_scheduler
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -156,9 +157,7 @@ SCHEDULERS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("name", "options"), SCHEDULERS, ids=lambda v: v if isinstance(v, str) else "")
 def test_every_scheduler_walks_what_it_is_given(name: str, options: dict[str, Any], toy_pipeline: Any) -> None:
-    import diffusers
-
-    toy_pipeline.scheduler = getattr(diffusers, name).from_config(toy_pipeline.scheduler.config, **options)
+    toy_pipeline = with_scheduler(toy_pipeline, name, **options)
     for schedule in (Karras(), AYS(), Given((20.0, 5.0, 1.0, 0.3, 0.1))):
         steps, levels = grid_of(toy_pipeline, 5, {}, 0.0, schedule)
         noise = [float(at.sigma / at.alpha.clamp(min=1e-12)) for at in levels]

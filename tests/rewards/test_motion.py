@@ -70,7 +70,7 @@ def test_other_clips_change_nothing_and_a_mask_counts_its_places_alone() -> None
     elsewhere = reference.clone()
     elsewhere[:, :, :8] = torch.rand(8, 3, 8, 64)  # above where anything moves
     assert float(MotionConsistency(reference, mask="moving").score(elsewhere[None], [PROMPT], CTX)) > float(
-        MotionConsistency(reference).score(elsewhere[None], [PROMPT], CTX)
+        MotionConsistency(reference, mask="").score(elsewhere[None], [PROMPT], CTX)
     )
 
 
@@ -224,7 +224,7 @@ def test_a_still_picture_is_a_mask(tmp_path: Path) -> None:
     clips = torch.stack([clip_of((2.0, 0.0)), clip_of((-2.0, 0.0))])
     found = [MotionConsistency(clips[0], mask=m).score(clips, [PROMPT] * 2, CTX) for m in (left, str(tmp_path / "left.png"))]
     torch.testing.assert_close(*found)
-    assert not torch.equal(found[0], MotionConsistency(clips[0]).score(clips, [PROMPT] * 2, CTX))
+    assert not torch.equal(found[0], MotionConsistency(clips[0], mask="").score(clips, [PROMPT] * 2, CTX))
 
 
 def test_particles_select_by_motion(pipe: Any) -> None:
