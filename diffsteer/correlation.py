@@ -68,12 +68,32 @@ def displacement(cosines: Tensor, side: tuple[int, int], temperature: float) -> 
     return softmax(cosines, side, temperature) @ places - places
 
 
-# From cosines (N, M, p, q) to what is compared with a reference's, (N, M, p, ...).
-VARIANTS: dict[str, Callable[[Tensor, tuple[int, int], float], Tensor]] = {
+def shifts(features: Tensor, pairs: Pairs, mask: Tensor | None = None, floor: float = 0.02) -> Tensor:
+    """How much of what changes in one frame is found in another at each distance, wherever it is: features (N, F, C, h, w) ->
+    cross-correlations (N, M, 2 h, 2 w), at most 1, the distance 0 first. Of one thing that moves they have one peak, at how
+    far it went: where it is does not count, and its look hardly.
+
+    Args:
+        mask: (F, h, w) in [0, 1], the places that count.
+        floor: the share of a still clip's contrast that a change is measured by at least, so that noise is no motion.
+    """
+    size = (2 * features.shape[-2], 2 * features.shape[-1])  # twice, since the transform goes round in circles
+    moving = features - features.mean(1, keepdim=True)
+    if mask is not None:
+        moving = moving * mask[None, :, None].to(features)
+    spectra = torch.fft.rfft2(moving, s=size)
+    found: Tensor = torch.fft.irfft2((spectra[:, pairs.first].conj() * spectra[:, pairs.second]).sum(2), s=size)
+    power = (moving.square() + floor * features.square()).sum((2, 3, 4)).clamp(min=1e-12).sqrt()
+    return found / (power[:, pairs.first] * power[:, pairs.second])[:, :, None, None]
+
+
+# Place by place: from cosines (N, M, p, q) to what is compared with a reference's, (N, M, p, ...).
+BY_PLACE: dict[str, Callable[[Tensor, tuple[int, int], float], Tensor]] = {
     "full": full,
     "softmax": softmax,
     "displacement": displacement,
 }
+VARIANTS = (*BY_PLACE, "shift")
 
 
 def inconsistency(
@@ -89,15 +109,16 @@ def inconsistency(
 
     Args:
         features: (N, F, C, h, w). reference: (1 or N, F, C', h, w); another number of channels is allowed.
-        mask: (F, h', w') in [0, 1], which places of the first frame of a pair count; at the size of the pooled features.
+        mask: (F, h', w') in [0, 1], which places of the first frame of a pair count; for "shift", which places of the
+            reference; at the size of the pooled features.
 
-    Cost: ``M (h' w')^2`` cosines a clip.
+    Cost: ``M (h' w')^2`` cosines a clip; for "shift" two fast Fourier transforms of ``(2 h', 2 w')`` a channel and a pair.
     """
     found, wanted = pooled(features, side), pooled(reference, side).to(features)
-    size = (found.shape[-2], found.shape[-1])
-    differences = VARIANTS[variant](correlations(found, pairs), size, temperature) - VARIANTS[variant](
-        correlations(wanted, pairs), size, temperature
-    )
+    if variant == "shift":
+        return (shifts(found, pairs) - shifts(wanted, pairs, mask)).square().sum((2, 3)).mean(1)
+    size, read = (found.shape[-2], found.shape[-1]), BY_PLACE[variant]
+    differences = read(correlations(found, pairs), size, temperature) - read(correlations(wanted, pairs), size, temperature)
     each = differences.square().flatten(3).sum(-1) if variant != "full" else differences.square().mean(-1)  # (N, M, p)
     if mask is None:
         return each.mean((1, 2))

@@ -48,7 +48,7 @@ class MotionConsistency(Reward):
     """
 
     reference: Any = None
-    variant: str = setting("full", choices=tuple(VARIANTS))
+    variant: str = setting("full", choices=VARIANTS)
     pairs: str = setting("both", choices=PAIRS)
     temperature: float = setting(0.1, low=0)
     side: int = setting(16, low=2)
@@ -63,7 +63,7 @@ class MotionConsistency(Reward):
 
     def __post_init__(self) -> None:
         for name, value, valid in (
-            ("variant", self.variant, tuple(VARIANTS)),
+            ("variant", self.variant, VARIANTS),
             ("pairs", self.pairs, PAIRS),
             ("features", self.features, ("pixels", "network")),
         ):
