@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffsteer import SteeredPipeline, load_pipeline
 from diffsteer.backend import DiffusersSession
-from diffsteer.correlation import VARIANTS, correlations, inconsistency, moving_mask, pairs_of, pooled
+from diffsteer.correlation import VARIANTS, correlations, inconsistency, moving_mask, pairs_of, pooled, shifts
 from diffsteer.guidance import Guidance
 from diffsteer.guided import GuidedWalk
 from diffsteer.media import as_clip
@@ -27,10 +27,12 @@ from diffsteer.types import Context, DiffsteerError, UnsupportedError
 CTX, PROMPT = Context(), "a red circle"
 
 
-def clip_of(velocity: tuple[float, float], color: str = "red", shape: str = "circle", frames: int = 8) -> Tensor:
+def clip_of(
+    velocity: tuple[float, float], color: str = "red", shape: str = "circle", frames: int = 8, x: float = 32.0, y: float = 32.0
+) -> Tensor:
     scene = sample_clip("colors", np.random.default_rng(0)).scene
     rgb = {"red": (220, 40, 40), "blue": (40, 80, 230)}[color]
-    thing = replace(scene.things[0], shape=shape, color=color, x=32.0, y=32.0, r=9.0, rgb=rgb)
+    thing = replace(scene.things[0], shape=shape, color=color, x=x, y=y, r=9.0, rgb=rgb)
     return as_clip(render_clip(Clip(replace(scene, things=(thing,)), (velocity,), frames)))
 
 
@@ -56,15 +58,56 @@ def test_correlations_are_cosines_and_pairs_are_pairs() -> None:
     assert torch.allclose(pooled(x, 4).mean((1, 3, 4)), torch.zeros(2, 3), atol=1e-6)
 
 
+def test_shifts_are_sums_of_products_at_a_distance() -> None:
+    x, pairs = torch.randn(2, 3, 4, 5, 6, generator=torch.Generator().manual_seed(0)), pairs_of(3, "all")
+    found = shifts(x, pairs, floor=0.0)
+    moving = x - x.mean(1, keepdim=True)
+    for m, (i, j) in enumerate(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)):
+        a, b = moving[1, i], moving[1, j]
+        for dy, dx in ((0, 0), (2, -3), (-4, 5)):
+            total = sum(
+                float(a[:, p, q] @ b[:, p + dy, q + dx])
+                for p in range(5)
+                for q in range(6)
+                if 0 <= p + dy < 5 and 0 <= q + dx < 6
+            )
+            assert float(found[1, m, dy, dx]) == pytest.approx(total / float(a.norm() * b.norm()), abs=1e-5)
+    assert float(found.abs().max()) <= 1
+
+
+def test_shifts_know_how_far_a_thing_went_and_neither_where_nor_of_what_colour_it_is() -> None:
+    ways = shifts(clip_of((3.0, -2.0))[None], pairs_of(8, "first"), floor=0.0)[0, -1]  # over 7 frames, in pixels
+    peak = int(ways.argmax())
+    down, right = peak // 128, peak % 128
+    assert abs((right + 64) % 128 - 64 - 21) <= 1 and abs((down + 64) % 128 - 64 + 14) <= 1
+    reference, elsewhere = clip_of((2.0, 0.0)), clip_of((2.0, 0.0), "blue", x=24.0, y=44.0)
+    others = torch.stack([elsewhere, clip_of((-2.0, 0.0)), clip_of((0.0, 0.0)), torch.full((8, 3, 64, 64), 0.5)])
+    by_shift, by_place = (MotionConsistency(reference, variant=v).score(others, [PROMPT] * 4, CTX) for v in ("shift", "full"))
+    assert float(by_shift[0]) > 1e-3 * float(by_shift[1:].max())  # all are below 0
+    assert float(by_place[0]) < float(by_place[1:].max())
+    assert by_shift[2] == by_shift[3]  # what stands still moves as little as a blank
+
+
+def test_a_mask_takes_motions_out_of_the_reference() -> None:
+    """Two things go different ways; the mask keeps one, and a clip of that one alone is then right."""
+    left, right = clip_of((0.0, 2.0), x=14.0), clip_of((2.0, 0.0), x=40.0)
+    both = torch.cat([left[..., :32], right[..., 32:]], -1)
+    mask = torch.zeros(1, 3, 64, 64)
+    mask[..., :32] = 1
+    reward = MotionConsistency(both, variant="shift", mask=mask)
+    scores = reward.score(torch.stack([left, right]), [PROMPT] * 2, CTX)
+    assert float(scores[0]) > 0.01 * float(scores[1])
+
+
 def test_other_clips_change_nothing_and_a_mask_counts_its_places_alone() -> None:
     reference, x = clip_of((2.0, 0.0)), torch.rand(3, 8, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     reward = MotionConsistency(reference, mask="moving")
     together = reward.score(x, [PROMPT] * 3, CTX)
     torch.testing.assert_close(together[1:2], reward.score(x[1:2], [PROMPT], CTX))
     pairs, whole = pairs_of(8, "both"), torch.ones(8, 16, 16)
-    torch.testing.assert_close(
-        inconsistency(x, reference[None], pairs, mask=whole), inconsistency(x, reference[None], pairs), rtol=1e-4, atol=1e-6
-    )
+    for variant in VARIANTS:
+        masked, all_places = (inconsistency(x, reference[None], pairs, variant, mask=m) for m in (whole, None))
+        torch.testing.assert_close(masked, all_places, rtol=1e-4, atol=1e-6)
     mask = moving_mask(reference)
     assert mask.shape == (8, 16, 16) and 0 < float(mask.mean()) < 0.6
     elsewhere = reference.clone()
