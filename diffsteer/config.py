@@ -52,8 +52,8 @@ class Config:
         seed: the key of all randomness, together with a prompt's id.
         out: the folder for what is made; in a sweep each job has a folder of its own in there.
         output: which particles become images: best | draw | all.
-        reference: a clip whose motion is wanted, for a reward that has a reference; `reference_share` of the first noise's low
-            frequencies is taken from it, see `diffsteer.start.ReferenceNoise`.
+        reference: a clip whose motion is wanted, for a reward that has a reference.
+        reference_share: of the first noise's low frequencies, taken from the reference, see `diffsteer.start.ReferenceNoise`.
         video: gif | mp4, the format of what pipelines of video make.
         decoder: full | tiny | tiny:PATH, what the reward sees on the way. transition: own | native. noise: eta | quadratic.
         batch: prompts at a time. chunk: rows in the network at a time, None for all, "auto" for as many as fit.
@@ -80,7 +80,7 @@ class Config:
     out: str = MISSING
     output: str = "best"
     reference: str | None = None
-    reference_share: float = 0.5
+    reference_share: float = 0.0
     video: str = "gif"
     decoder: str = "full"
     transition: str = "own"

@@ -112,7 +112,7 @@ def inconsistency(
         mask: (F, h', w') in [0, 1], which places of the first frame of a pair count; for "shift", which places of the
             reference; at the size of the pooled features.
 
-    Cost: ``M (h' w')^2`` cosines a clip; for "shift" two fast Fourier transforms of ``(2 h', 2 w')`` a channel and a pair.
+    Cost: ``M (h' w')^2`` cosines a clip; for "shift" fast Fourier transforms of ``(2 h', 2 w')``.
     """
     found, wanted = pooled(features, side), pooled(reference, side).to(features)
     if variant == "shift":

@@ -120,6 +120,8 @@ def rewarded(config: DictConfig) -> tuple[Reward | None, NoiseTransform | None]:
             told.reference = config.reference
         if not takes and config.reference_share == 0:
             raise DiffsteerError(f"reference= has no effect: the reward {told.get('name')} has none, and reference_share is 0")
+    elif config.reference_share != 0:
+        raise DiffsteerError(f"reference_share={config.reference_share:g} wants a reference=, a clip")
     reward = build("reward", told)
     if config.reference is None or config.reference_share == 0:
         return reward, None

@@ -29,17 +29,19 @@ class MotionConsistency(Reward):
     (``features="network"``), compared with those that it has for the reference, noised to the same level. Where no features
     are at hand (selection, final scores) pixels are correlated in both cases.
 
-    A heuristic. Cost: ``M (side^2)^2`` cosines a clip, M pairs of frames; with network features one more row at every guided
-    step.
+    A heuristic. Cost: a Fourier transform a channel of a frame and one a pair of frames, or, place by place, ``(side^2)^2``
+    cosines a pair; with network features one more row at every guided step.
 
     Args:
         reference: a clip: a file (GIF, MP4), a folder of pictures, or frames, (F, 3, H, W) in [0, 1] or PIL images. On the
             command line ``reference=`` sets it. It is brought to the number of frames and the size of what is scored.
-        variant: "full" compares the correlations; "softmax" where each place went; "displacement" how far.
+        variant: "shift" compares how far things went, wherever they are; the others go place by place, so that things have to
+            be where they are in the reference: "full" compares the correlations, "softmax" where each place went,
+            "displacement" how far it went.
         pairs: of frames: consecutive, first (with every later one), both, all.
         temperature: of softmax and displacement.
         side: correlations are taken between at most side x side places.
-        mask: "moving" for places where the reference changes, "" for all, or a picture or clip whose white parts count.
+        mask: of the reference: "moving" for places where it changes, "" for all, or a picture or clip whose white parts count.
         features: "pixels" or "network". blocks: modules of the denoiser whose outputs are tapped.
 
     Raises:
@@ -48,7 +50,7 @@ class MotionConsistency(Reward):
     """
 
     reference: Any = None
-    variant: str = setting("full", choices=VARIANTS)
+    variant: str = setting("shift", choices=VARIANTS)
     pairs: str = setting("both", choices=PAIRS)
     temperature: float = setting(0.1, low=0)
     side: int = setting(16, low=2)

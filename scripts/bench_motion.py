@@ -1,8 +1,8 @@
 """Do clips move as a reference does? On 60 reference clips of the shapes world, with captions that say nothing of motion.
 
-    python scripts/bench_motion.py run --work DIR [--shard 0/2] [--methods plain,x0]   sample and judge; resumes
+    python scripts/bench_motion.py run --work DIR [--shard 0/2] [--methods "plain;at x0"]   sample and judge; resumes
     python scripts/bench_motion.py table --work DIR                                    the table, with intervals
-    python scripts/bench_motion.py sheet --work DIR --methods plain,x0                 a contact sheet of references and clips
+    python scripts/bench_motion.py sheet --work DIR --methods "plain;at x0"           a contact sheet of references and clips
     python scripts/bench_motion.py memory                                              what the feature path takes
     all take --development, for other references, on which strengths were chosen
 
@@ -53,37 +53,24 @@ def cases(development: bool) -> list[dict[str, Any]]:
     return found
 
 
-def guided(reward: dict[str, Any], share: float = 0.0, **guidance: Any) -> dict[str, Any]:
-    return {"sampler": BestOfN(1), "guide": Guidance(**guidance), "reward": {"mask": "moving", **reward}, "share": share}
+def guided(guidance: Guidance, share: float = 0.0, **reward: Any) -> dict[str, Any]:
+    return {"sampler": BestOfN(1), "guide": guidance, "reward": reward, "share": share}
 
 
-def at_x0(strength: float, variant: str = "full", share: float = 0.0, **more: Any) -> dict[str, Any]:
-    return guided({"variant": variant}, share, clean=strength, **more)
+THROUGH = Guidance(clean=0.0, network=0.6, lowest=0.7)  # what the command line takes
 
-
-def through(strength: float, variant: str = "full", share: float = 0.0, **more: Any) -> dict[str, Any]:
-    return guided({"variant": variant}, share, clean=0.0, network=strength, **more)
-
-
-def features(strength: float, variant: str = "full", share: float = 0.0, **more: Any) -> dict[str, Any]:
-    return guided({"variant": variant, "features": "network"}, share, clean=0.0, network=strength, **more)
-
-
-# sampler, what the reward differs by, share of the reference in the first noise
+# sampler, what guides, what the reward differs by, share of the reference in the first noise
 METHODS: dict[str, dict[str, Any]] = {
     "plain": {"sampler": BestOfN(1)},
-    "noise 0.5": {"sampler": BestOfN(1), "share": 0.5},
-    "noise 0.9": {"sampler": BestOfN(1), "share": 0.9},
+    "through the network": guided(THROUGH),
+    "at x0": guided(Guidance(clean=0.3, lowest=0.65)),
     "best of 8": {"sampler": BestOfN(8)},
     "particles": {"sampler": FeynmanKac(8, events=(0.2, 0.4, 0.6, 0.8))},
-    "x0 0.3": at_x0(0.3),
-    "x0 1": at_x0(1.0),
-    "pixels 0.3": through(0.3),
-    "pixels 1": through(1.0),
-    "features 0.3": features(0.3),
-    "features 1": features(1.0),
+    "through the network, by place": guided(Guidance(clean=0.0, network=0.4, lowest=0.8), variant="full"),
+    "through the network, features": guided(THROUGH, features="network"),
+    "first noise": {"sampler": BestOfN(1), "share": 0.5},
+    "first noise, through the network": guided(THROUGH, share=0.5),
 }
-MAIN = ("plain", "noise 0.5", "best of 8", "particles")
 
 
 def run(work: Path, methods: list[str], shard: tuple[int, int], development: bool, count: int) -> None:
@@ -98,7 +85,7 @@ def run(work: Path, methods: list[str], shard: tuple[int, int], development: boo
                 if (method, case["id"]) in done:
                     continue
                 facts = METHODS[method]
-                reward = MotionConsistency(frames, **facts.get("reward", {"mask": "moving"}))
+                reward = MotionConsistency(frames, **facts.get("reward", {}))
                 start = ReferenceNoise(as_clip(frames), facts["share"]) if facts.get("share") else None
                 began = time.perf_counter()
                 with warnings.catch_warnings():
@@ -174,12 +161,12 @@ def sheet(work: Path, methods: list[str], development: bool, count: int = 8) -> 
 
 
 def memory() -> None:
-    """Peak resident memory of a guided step for one clip of 8 frames, in a process of its own each, above that of a plain
-    step."""
+    """Peak resident memory of a run of four steps for four clips of 8 frames, in a process of its own each."""
     import subprocess
     import sys
 
-    for name in ("plain", "x0 0.3", "pixels 0.3", "features 0.3", "features 0.3, checkpointed"):
+    through = [f"through the network{kind}" for kind in ("", "; checkpointed", ", features", ", features; checkpointed")]
+    for name in ("plain", "at x0", *through):
         told = subprocess.run([sys.executable, __file__, "one", "--methods", name], capture_output=True, text=True, check=True)
         print(name, told.stdout.strip().splitlines()[-1], flush=True)
 
@@ -187,12 +174,12 @@ def memory() -> None:
 def one(method: str) -> None:
     import resource
 
-    name, _, checkpointed = method.partition(", ")
+    name, _, checkpointed = method.partition("; ")
     pipe, case = load_pipeline("shapes-motion"), cases(True)[0]
     if checkpointed:
         pipe.unet.enable_gradient_checkpointing()
     facts = METHODS[name]
-    reward = MotionConsistency(render_clip(case["clip"]), **facts.get("reward", {"mask": "moving"}))
+    reward = MotionConsistency(render_clip(case["clip"]), **facts.get("reward", {}))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     SteeredPipeline(pipe, facts["sampler"], reward, guide=facts.get("guide"))(
         [case["caption"]] * 4, seed=0, num_inference_steps=4
@@ -206,11 +193,11 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=("run", "table", "sheet", "memory", "one"))
     parser.add_argument("--work", type=Path)
     parser.add_argument("--shard", default="0/1")
-    parser.add_argument("--methods", default=",".join(MAIN))
+    parser.add_argument("--methods", default=";".join(METHODS))
     parser.add_argument("--count", type=int, default=REFERENCES)
     parser.add_argument("--development", action="store_true")
     arguments = parser.parse_args()
-    named = arguments.methods.split(",") if "," in arguments.methods and arguments.what != "one" else [arguments.methods]
+    named = arguments.methods.split(";")
     if arguments.what == "run":
         part, whole = (int(v) for v in arguments.shard.split("/"))
         run(arguments.work, named, (part, whole), arguments.development, arguments.count)

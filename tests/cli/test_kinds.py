@@ -57,6 +57,8 @@ def test_clips_follow_a_reference_and_may_be_mp4(command: Any, manifest: Any, tm
     assert entry["image"].endswith(".mp4") and len(read_clip(tmp_path / "o" / entry["image"])) == 8
     assert Image.open(tmp_path / "o/grid.png").width >= 64
     save(render_clip(sample_clip("colors", np.random.default_rng(5))), tmp_path / "clip.gif")
+    mixed = command(*asked, "prompt=a blue ring", "reference=clip.gif", "reference_share=0.5", "out=mixed")
+    assert mixed.code == 0 and manifest(tmp_path / "mixed")[0]["image"].endswith(".gif"), mixed.err
     other = command(*asked, "prompt=a blue ring", "reference=clip.gif", "video=mp4", "out=o")
     assert other.code == 2 and "other settings" in other.err, "another reference under the same name"
     for folder, sides in (("sizes", (8, 9)), ("broken", (8, 8))):
@@ -73,7 +75,8 @@ def test_clips_follow_a_reference_and_may_be_mp4(command: Any, manifest: Any, tm
         (("prompt=a ring", "reference=cut.gif", "out=p"), "cut.gif: it"),
         (("prompt=a ring", "reference=clip.gif", "reward.mask=true", "out=p"), "mask=True"),
         (("prompt=a ring", "reference=clip.gif", "video=avi", "out=p"), "valid: gif, mp4"),
-        (("prompt=a ring", "reference=clip.gif", "reward=clip", "reference_share=0", "out=p"), "reference= has no effect"),
+        (("prompt=a ring", "reference=clip.gif", "reward=clip", "out=p"), "reference= has no effect"),
+        (("prompt=a ring", "reference_share=0.5", "out=p"), "reference_share=0.5 wants a reference="),
     ):
         refused = command(*asked, *wrong)
         assert refused.code == 2 and said in refused.err and refused.err.count("\n") == 1, refused.err

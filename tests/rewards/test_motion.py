@@ -112,8 +112,8 @@ def test_other_clips_change_nothing_and_a_mask_counts_its_places_alone() -> None
     assert mask.shape == (8, 16, 16) and 0 < float(mask.mean()) < 0.6
     elsewhere = reference.clone()
     elsewhere[:, :, :8] = torch.rand(8, 3, 8, 64)  # above where anything moves
-    assert float(MotionConsistency(reference, mask="moving").score(elsewhere[None], [PROMPT], CTX)) > float(
-        MotionConsistency(reference, mask="").score(elsewhere[None], [PROMPT], CTX)
+    assert float(MotionConsistency(reference, variant="full").score(elsewhere[None], [PROMPT], CTX)) > float(
+        MotionConsistency(reference, variant="full", mask="").score(elsewhere[None], [PROMPT], CTX)
     )
 
 
