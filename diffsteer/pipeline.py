@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,17 +12,16 @@ import torch
 from torch import Tensor
 
 from diffsteer import rng
-from diffsteer.algebra import Level
-from diffsteer.blocks import Blocks, Size, check_size
+from diffsteer.blocks import Size, check_size
 from diffsteer.callable import CallableModel, CallableSession
-from diffsteer.classifier_free import PULLS
 from diffsteer.control import check_noise
+from diffsteer.forecast import forecast
 from diffsteer.grids import check_schedule, explicit
 from diffsteer.guidance import guidance_of
 from diffsteer.ledger import Ledger
 from diffsteer.loading import load_pipeline as load_pipeline
 from diffsteer.reward import Reward, RewardFunction, as_reward, check_gradient, prepare
-from diffsteer.run import OUTPUTS, SteeredOutput, estimate, run
+from diffsteer.run import OUTPUTS, SteeredOutput, run
 from diffsteer.schedules import Given, Schedule, as_schedule
 from diffsteer.selection import Scorer, check_inputs
 from diffsteer.start import NoiseTransform
@@ -189,7 +187,7 @@ class SteeredPipeline:
             "experts": self.experts,
             "noise": self.noise,
             "schedule": schedule,
-            "own": self._own(),
+            "own": self.own_transition(),
         }
         if isinstance(self.pipe, CallableModel):
             if call or negative_prompt is not None or latents is not None:
@@ -235,61 +233,9 @@ class SteeredPipeline:
             rehearse: a prompt to run two steps with, as often as fits a block of rows, which tells seconds and memory as well;
                 without it they stay empty.
         """
-        facts: dict[str, Any] = {}
-        schedule, call = explicit(self.pipe, self.schedule, call, self.sampler is not None, self.transition)
-        if isinstance(schedule, Given) and num_inference_steps is None:
-            num_inference_steps = len(schedule.values)
-        guided, steps, size = False, num_inference_steps or 50, Blocks(self.chunk).size
-        levels: list[Level] = []
-        if not isinstance(self.pipe, CallableModel):
-            from diffsteer.pipes import check_pipeline, is_guided, skipped_steps
-            from diffsteer.segments import grid_of
-            from diffsteer.shapes.models import recommended
+        return forecast(self, prompts, num_inference_steps, rehearse, call)
 
-            family = check_pipeline(self.pipe)
-            facts = {"apart": family.apart}
-            known = recommended(self.pipe) | {k: v for k, v in call.items() if v is not None}
-            guided = is_guided(self.pipe, known)
-            moves = self.guide or getattr(self.sampler, "guidance", None)
-            if moves is not None and moves.measures_pulls and not guided:
-                raise UnsupportedError(PULLS)
-            asked = num_inference_steps or known.get("num_inference_steps")
-            eta = None if self.sampler is None or self.transition == "native" else self.sampler.eta
-            steps, levels = grid_of(self.pipe, asked, known, eta, schedule, self._own())
-            facts["further"] = skipped_steps(self.pipe, steps, known)
-            if family.entry == "step" and self.sampler is not None:
-                cut = self.deterministic or (size is not None and size < prompts * self.sampler.particles)
-                facts |= {"entered": len(self.sampler.schedule(steps)) if cut else 0, "enters": True}
-        decoded = self.decoder != "none" if not isinstance(self.pipe, CallableModel) else self.pipe.decode is not None
-        said = estimate(
-            self.sampler,
-            prompts,
-            steps,
-            guided=guided,
-            decoded=decoded,
-            rewards=0 if self.reward is None else 1 + (self.choice is not None and self.sampler is not None),
-            chunk=None if self.sampler is None else 8 if self.deterministic and self.chunk is None else size,
-            experts=len(self.experts),
-            tiny=self.decoder.startswith("tiny"),
-            tapped=self.reward is not None and bool(self.reward.taps),
-            guide=self.guide,
-            levels=self.pipe.grid(steps, schedule)[1] if isinstance(self.pipe, CallableModel) else levels,
-            **facts,
-        )
-        if rehearse is not None:
-            particles = self.sampler.particles if self.sampler else 1
-            together = prompts if size is None else min(prompts, math.ceil(size / particles))
-            shorter = copy.copy(self)
-            shorter.schedule = None
-            tried = shorter([rehearse] * together, num_inference_steps=2, seed=0, **call).ledger
-            for stage, count in (("denoiser", "evaluations"), ("decode", "decodes"), ("reward", "reward_calls")):
-                if tried.counts[count]:
-                    said.seconds[stage] = tried.seconds[stage] / tried.counts[count] * said.counts[count]
-            said.seconds["total"] = sum(said.seconds.values())
-            said.peak_memory = tried.peak_memory
-        return said
-
-    def _own(self) -> bool:
+    def own_transition(self) -> bool:
         """Is the transition ours at eta = 0, too? A method with levels of its own wants single steps, and solvers that cannot
         be cut have none."""
         if not hasattr(self.sampler, "timing") or isinstance(self.pipe, CallableModel):

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from diffsteer import media
-from diffsteer.algebra import NO_SIGNAL, Level
 from diffsteer.guidance import Guidance
-from diffsteer.guided import GuidedWalk, pieces
+from diffsteer.guided import GuidedWalk
 from diffsteer.ledger import Ledger
 from diffsteer.reward import Reward, prepare
 from diffsteer.selection import Scorer, Selection, check_inputs, choose
@@ -90,68 +89,6 @@ def _finite(values: Tensor) -> Any:
     if values.ndim > 1:
         return [_finite(v) for v in values]
     return [v if math.isfinite(v) else None for v in values.tolist()]
-
-
-def estimate(
-    sampler: Sampler | None,
-    prompts: int,
-    steps: int,
-    *,
-    guided: bool = False,
-    apart: bool = False,
-    decoded: bool = True,
-    rewards: int = 1,
-    chunk: int | None = None,
-    experts: int = 1,
-    tiny: bool = False,
-    entered: int = 0,
-    further: int = 0,
-    guide: Guidance | None = None,
-    levels: Sequence[Level] | None = None,
-    enters: bool = False,
-    tapped: bool = False,
-) -> Ledger:
-    """The counts that a run will have, before it runs: equal to what it then counts, the padding of blocks aside.
-
-    Args:
-        steps: T, as the scheduler's grid has them.
-        guided: classifier-free guidance doubles the evaluations; `apart`: in two forwards instead of one.
-        decoded: samples are decoded before they are scored; `tiny`: by a tiny decoder, but for the last time.
-        rewards: 0 without a reward, 1 with one, 2 with another for the final choice.
-        chunk: rows in a block. experts: predictions that are mixed for each row.
-        entered: how many segments a row enters by an evaluation of its own.
-        further: steps at which every row is evaluated once more.
-        guide: gradient guidance beside the sampler's own, if it has any. levels: of the grid; without them all are guided.
-        enters: `entered` holds for guided segments, too.
-        tapped: guidance through the network reads its features, and evaluates a row a prompt for the reference's.
-    """
-    rows, events = (prompts, 1) if sampler is None else (prompts * sampler.particles, len(sampler.schedule(steps)))
-    guide = guide or getattr(sampler, "guidance", None)
-    timing = timing_of(sampler, guide)
-    if timing is not None:
-        blind = sum(float(at.alpha) < NO_SIGNAL for at in levels or ())
-        steps, entered = timing.evaluations(steps, blind) + steps * timing.calibrates, 0
-    visits = looks = features = 0
-    if guide is not None:
-        moved = steps - 1 if sampler is not None and sampler.exact else steps  # without noise no weight could know
-        on = max(guide.clean, guide.network) > 0
-        guides = [on and (guide.guides(k, levels[k]) if levels else k % guide.every == 0) for k in range(moved)]
-        visits = sum(guides) * guide.recurrence
-        looks = rows * visits * guide.draws * ((guide.network > 0) + (guide.clean > 0) * guide.iterations)
-        features = visits * rows * guide.draws if tapped and guide.network > 0 else 0  # rewards without a decode
-        if enters and sampler is not None:
-            entered = pieces(guides, guide.recurrence, sampler.schedule(steps))
-        steps += visits - sum(guides)
-    steps += entered
-    read = visits if features else 0
-    return Ledger(
-        evaluations=(rows * (steps * (1 + guided) + further) + read * prompts * (1 + guided)) * experts,
-        forwards=(steps * (1 + (guided and apart)) + further) * math.ceil(rows / (chunk or rows)) + read * prompts,
-        backwards=rows * visits if guide is not None and guide.network > 0 else 0,
-        decodes=rows * (1 if tiny else events) + looks - features if decoded else 0,
-        tiny_decodes=rows * (events - 1) if decoded and tiny else 0,
-        reward_calls=rows * (events * (rewards > 0) + (rewards > 1)) + looks,
-    )
 
 
 def timing_of(sampler: Sampler | None, guide: Guidance | None) -> Timing | None:

@@ -15,8 +15,8 @@ from diffsteer.comfy.noise import FoundNoise, KeyedNoise, keyed
 from diffsteer.comfy.sampling import sample
 from diffsteer.comfy.session import levels_of
 from diffsteer.comfy.steering import Record, Steering, indexed
+from diffsteer.forecast import estimate
 from diffsteer.reward import FunctionReward, Reward
-from diffsteer.run import estimate
 from diffsteer.samplers import BestOfN, FeynmanKac
 from diffsteer.types import DiffsteerError, UnsupportedError
 

@@ -36,7 +36,7 @@ FLOORS = [
     ["tapped", "clip_session"],
     ["guided", "timed"],
     ["callable", "run", "backend"],
-    ["loading"],
+    ["loading", "forecast"],
     ["pipeline", "dropin", "toy"],
     ["profiles"],
     ["measured"],
