@@ -56,6 +56,7 @@ NORMALISERS: dict[str, Callable[[Tensor, Tensor, Scale], Tensor]] = {
     "clip": lambda g, rms, scale: g / rms.clamp(min=1)[:, None],
     "adam": lambda g, rms, scale: g,  # by its moments, see `Moments`
 }
+BETAS = {"beta1": 0.9, "beta2": 0.999}  # of "adam"
 # Shares of a strength along the grid, from (alpha / alpha')^2 of a step.
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda kept: 1.0,
@@ -97,9 +98,10 @@ class Guidance:
         highest, lowest: the noise levels ``t = sigma / (alpha + sigma)`` that are guided. Below 0.25, CLIP's gradient at x0
             pleased CLIP and spoilt pictures of the embedded model.
         every: only each so many steps.
+        beta1, beta2: what of the moments of "adam" stays at each step; its authors tune them, down to 0.03 and 0.
 
     Raises:
-        DiffsteerError: a value out of its range.
+        DiffsteerError: a value out of its range; moments that no normaliser reads.
     """
 
     clean: float = setting(0.3, low=0)
@@ -113,10 +115,12 @@ class Guidance:
     highest: float = setting(1.0, low=0, high=1)
     lowest: float = setting(0.25, low=0, high=1)
     every: int = setting(1, low=1)
+    beta1: float = setting(BETAS["beta1"], low=0, high=1)
+    beta2: float = setting(BETAS["beta2"], low=0, high=1)
 
     def __post_init__(self) -> None:
         whole = {name: getattr(self, name) for name in ("iterations", "recurrence", "draws", "every")}
-        real = {name: getattr(self, name) for name in ("clean", "network", "smoothing", "highest", "lowest")}
+        real = {name: getattr(self, name) for name in ("clean", "network", "smoothing", "highest", "lowest", *BETAS)}
         check_numbers("guidance: ", whole, real)
         for name, value in whole.items():
             if value < 1:
@@ -127,6 +131,11 @@ class Guidance:
         for name, value, valid in (("normaliser", self.normaliser, NORMALISERS), ("schedule", self.schedule, SCHEDULES)):
             if value not in valid:
                 raise DiffsteerError(f"guidance: {name}={value!r} is unknown; valid: {', '.join(valid)}")
+        betas = {name: getattr(self, name) for name in BETAS}
+        if max(betas.values()) >= 1:
+            raise DiffsteerError(f"guidance: beta1={self.beta1:g}, beta2={self.beta2:g}; both lie in [0, 1)")
+        if self.normaliser != "adam" and betas != BETAS:
+            raise DiffsteerError(f"guidance: beta1 and beta2 have no effect with normaliser={self.normaliser}: they are adam's")
         if not self.lowest <= self.highest <= 1:
             raise DiffsteerError(
                 f"guidance: lowest={self.lowest:g}, highest={self.highest:g}; wanted 0 <= lowest <= highest <= 1"
@@ -136,6 +145,10 @@ class Guidance:
         """Is the step with this number (from 0), from this level, guided?"""
         time = float(at.sigma / (at.alpha + at.sigma))
         return max(self.clean, self.network) > 0 and self.lowest <= time <= self.highest and step % self.every == 0
+
+    def moments(self) -> dict[str, Moments]:
+        """New ones, for each path, where the normaliser has any."""
+        return {path: Moments(self.beta1, self.beta2) for path in ("clean", "network") if self.normaliser == "adam"}
 
     @property
     def measures_pulls(self) -> bool:
@@ -157,8 +170,8 @@ class Guidance:
 class Moments:
     """Of gradients over the steps of a run, row by row, for ``normaliser="adam"``."""
 
-    beta1: float = 0.9
-    beta2: float = 0.999
+    beta1: float = BETAS["beta1"]
+    beta2: float = BETAS["beta2"]
     first: Tensor = field(default_factory=lambda: torch.empty(0))
     second: Tensor = field(default_factory=lambda: torch.empty(0))
     count: int = 0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffsteer import rng
 from diffsteer.algebra import Level, noise_std
-from diffsteer.guidance import Guidance, Moments, Scale, gradient_of, refuse_flat, uncertainty, update, warn_idle, warn_skipped
+from diffsteer.guidance import Guidance, Scale, gradient_of, refuse_flat, uncertainty, update, warn_idle, warn_skipped
 from diffsteer.reward import Reward
 from diffsteer.selection import Selection
 from diffsteer.session import Arrival, Session
@@ -48,7 +48,7 @@ class GuidedWalk:
         self.tapped = tapped(session, reward) if guidance.network > 0 else None
         if self.tapped and (guidance.draws > 1 or guidance.smoothing > 0):
             raise DiffsteerError("guidance: features of the network are not smoothed: set draws=1 and smoothing=0")
-        self.moments = {"clean": Moments(), "network": Moments()} if guidance.normaliser == "adam" else {}
+        self.moments = guidance.moments()
         self.guided = self.skipped = 0
         if guidance.measures_pulls:
             session.measure_pulls()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from diffsteer.guidance import NORMALISERS, Guidance
+from diffsteer.guidance import BETAS, NORMALISERS, Guidance
 from diffsteer.samplers.best_of_n import BestOfN
 from diffsteer.types import DiffsteerError, setting
 
@@ -20,6 +20,7 @@ class Guided(BestOfN):
         normaliser: see `Guidance`.
         highest, lowest: the noise levels ``t = sigma / (alpha + sigma)`` that are guided.
         every: only each so many steps.
+        beta1, beta2: of ``normaliser="adam"``.
     """
 
     particles: int = setting(1, low=1)
@@ -27,6 +28,8 @@ class Guided(BestOfN):
     highest: float = setting(1.0, low=0, high=1)
     lowest: float = setting(0.0, low=0, high=1)
     every: int = setting(1, low=1)
+    beta1: float = setting(BETAS["beta1"], low=0, high=1)
+    beta2: float = setting(BETAS["beta2"], low=0, high=1)
 
     name: ClassVar[str] = "guided"
     needs_grad: ClassVar[bool] = True
@@ -42,7 +45,7 @@ class Guided(BestOfN):
     @property
     def guidance(self) -> Guidance:
         """The one step that all methods are cases of."""
-        shared = {name: getattr(self, name) for name in ("normaliser", "highest", "lowest", "every")}
+        shared = {name: getattr(self, name) for name in ("normaliser", "highest", "lowest", "every", *BETAS)}
         return Guidance(**{"clean": 0.0, **shared, **self.own()})
 
     def own(self) -> dict[str, Any]:

@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("shared")  # other work on the machine makes any call slow
+settings.load_profile("shared")
 
 
 @pytest.fixture(autouse=True)

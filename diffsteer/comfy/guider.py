@@ -65,16 +65,13 @@ class Pull:
         self.cut = Blocks(chunk)
         self.run = Guided({})
         self.runs = Memory()
-        self.moments: dict[bool, Moments] = {}
-
-    def moments_of(self, network: bool) -> Moments | None:
-        return self.moments.get(network)
+        self.moments: dict[str, Moments] = {}
 
     def begin(self, embedded: bool, seed: Any) -> None:
         """A run begins."""
         told = {"guidance": self.reward.name, "prompt": self.prompt, "seed": seed}
         self.run = Guided(told | dataclasses.asdict(self.guidance))
-        self.moments = {path: Moments() for path in (False, True)} if self.guidance.normaliser == "adam" else {}
+        self.moments = self.guidance.moments()
         prepare(self.reward, [self.prompt], Context(embedded=embedded))
 
     def rate(self, guider: Any, x0: Tensor, ctx: Context) -> Tensor:
@@ -142,7 +139,7 @@ class PulledGuider:
             values, gradient = torch.cat(rewards).float().to(x.device), torch.cat(gradients).to(x.device)
             alpha, sigma = at.like(x)
             noise = ((x - alpha * x0) / sigma).float().flatten(1).square().mean(1).sqrt()
-            moments = pull.moments_of(network)
+            moments = pull.moments.get("network" if network else "clean")
             moved, skipped = update(
                 guidance, gradient, Scale(at, noise, values, pull.reward.range[1]), share * strength, network, moments
             )

@@ -48,13 +48,13 @@ def test_texts_known_to_be_hard(text: str) -> None:
     assert config.negative_prompt == text
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(TEXT)
 def test_any_text_through_the_configuration(text: str) -> None:
     check_through(text)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(TEXT)
 @example("a,b")
 @example("???")
@@ -68,7 +68,7 @@ def test_any_text_is_one_value_in_a_sweep_too(text: str) -> None:
     assert OmegaConf.create({"prompt": again.value()}).prompt == text
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=TEXT)
 def test_any_text_through_the_manifest(text: str, tmp_path: Path) -> None:
     line = {"id": 0, "prompt": text, "image": "images/000.png", "settings": "s"}

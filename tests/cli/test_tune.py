@@ -142,7 +142,7 @@ def test_ranges_are_read() -> None:
 
 
 WRONG = {
-    "nothing to tune": ([], ["tune.parameters", "highest, lowest, every, strength"]),
+    "nothing to tune": ([], ["tune.parameters", "highest, lowest, every, beta1, beta2, strength"]),
     "no sampler": (["sampler=none", RANGE], ["sampler=none"]),
     "an unknown field": (["tune.parameters.strenght=0.1..1"], ["strenght", "did you mean 'strength'?"]),
     "a field without numbers": (["tune.parameters.normaliser=0.1..1"], ["normaliser", "takes no numbers"]),

@@ -20,7 +20,7 @@ times = st.tuples(st.floats(0.02, 0.98), st.floats(0.02, 0.98)).filter(lambda p:
 
 
 @given(st.sampled_from(sorted(PATHS)), st.sampled_from(["eps", "x0", "v", "velocity"]), st.floats(0.02, 0.98))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_prediction_finds_the_clean_sample(path: str, prediction: str, t: float) -> None:
     at = PATHS[path](t)
     generator = torch.Generator().manual_seed(0)
@@ -34,7 +34,7 @@ def test_every_prediction_finds_the_clean_sample(path: str, prediction: str, t: 
 
 
 @given(st.sampled_from(sorted(PATHS)), times, st.floats(0, 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_marginals_are_kept(path: str, pair: tuple[float, float], eta: float) -> None:
     """With the true x0 and eps the next state has exactly the next level's noise: along^2 + nu^2 = sigma'^2."""
     at, to = PATHS[path](pair[0]), PATHS[path](pair[1])
@@ -72,7 +72,7 @@ def test_finite_where_a_flow_starts_and_where_it_ends() -> None:
 
 
 @given(st.sampled_from(sorted(PATHS)), times, st.floats(0.05, 1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_density_is_the_normal_density(path: str, pair: tuple[float, float], eta: float) -> None:
     at, to = PATHS[path](pair[0]), PATHS[path](pair[1])
     x0, eps, z = torch.randn(3, 4, 6, dtype=torch.float64).unbind(0)

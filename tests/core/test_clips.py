@@ -17,7 +17,7 @@ from diffsteer.shapes.clips import CLIP_TASKS, SPEEDS, Clip, direction_error, re
 from diffsteer.types import DiffsteerError
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6), st.sampled_from(CLIP_TASKS))
 def test_what_is_drawn_is_what_is_seen_to_move(seed: int, task: str) -> None:
     clip = sample_clip(task, np.random.default_rng(seed))

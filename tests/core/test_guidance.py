@@ -99,6 +99,10 @@ def test_moments_are_adam_s_and_follow_their_rows() -> None:
     first = moments.first.clone()
     moments.follow(torch.tensor([[1, 1], [0, 1]]))
     assert torch.equal(moments.first, first[[1, 1, 2, 3]])
+    asked = Guidance(normaliser="adam", beta1=0.034, beta2=0.0).moments()
+    assert list(asked) == ["clean", "network"] and (asked["clean"].beta1, asked["clean"].beta2) == (0.034, 0.0)
+    torch.testing.assert_close(asked["network"](g), g.sign())  # nothing stays: signs
+    assert Guidance().moments() == {}
 
 
 @given(st.integers(1, 60), st.floats(0, 1), st.floats(0, 1), st.integers(1, 7))
@@ -140,6 +144,8 @@ def test_gradient_of_leaves_inference_mode() -> None:
         {"lowest": 0.9, "highest": 0.1},
         {"every": 0},
         {"recurrence": 1.5},
+        {"beta1": 1.0, "normaliser": "adam"},
+        {"beta2": 0.9},
     ],
 )
 def test_guidance_refuses(wrong: dict[str, Any]) -> None:

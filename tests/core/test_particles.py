@@ -40,7 +40,7 @@ def test_unbiased(name: str, weights: Tensor) -> None:
 
 @pytest.mark.parametrize("name", ["systematic", "ssp"])
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=12).filter(lambda w: sum(w) > 1e-3), st.integers(0, 2**31))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_offspring_are_floor_or_ceil(name: str, values: list[float], seed: int) -> None:
     weights = torch.tensor(values, dtype=torch.float64)
     weights /= weights.sum()
@@ -51,7 +51,7 @@ def test_offspring_are_floor_or_ceil(name: str, values: list[float], seed: int) 
 
 @pytest.mark.parametrize("name", SCHEMES)
 @given(st.lists(st.floats(-800, 5), min_size=1, max_size=9), st.integers(0, 2**31))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_ancestors_are_valid_and_survivors_stay(name: str, logs: list[float], seed: int) -> None:
     ancestors = SCHEMES[name](torch.tensor(logs), torch.Generator().manual_seed(seed))
     assert len(ancestors) == len(logs) and int(ancestors.min()) >= 0 and int(ancestors.max()) < len(logs)
@@ -80,7 +80,7 @@ def test_systematic_does_not_depend_on_the_order() -> None:
 
 
 @given(st.lists(st.floats(-50, 50), min_size=2, max_size=8))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_ess_by_its_definition(logs: list[float]) -> None:
     lw = torch.tensor([logs], dtype=torch.float64)
     w = lw.softmax(1)
@@ -90,7 +90,7 @@ def test_ess_by_its_definition(logs: list[float]) -> None:
 
 
 @given(st.lists(st.floats(-3, 3), min_size=4, max_size=4), st.floats(0.3, 0.9))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_tempering_stops_at_the_target(rewards: list[float], target: float) -> None:
     r = torch.tensor([rewards], dtype=torch.float64)
     low = torch.zeros(1, dtype=torch.float64)

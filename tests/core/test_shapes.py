@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
@@ -92,7 +92,6 @@ def test_parse_names_the_word_it_cannot_read(words: str, named: str) -> None:
 # --- scenes ---
 
 
-@settings(deadline=None)
 @given(drawable, seeds)
 def test_a_statement_describes_its_scene_and_no_changed_one_does(statement: Statement, seed: int) -> None:
     scene = scene_of(statement, np.random.default_rng(seed))
@@ -102,7 +101,6 @@ def test_a_statement_describes_its_scene_and_no_changed_one_does(statement: Stat
     assert [str(s) for s in changed if describes(s, scene)] == []
 
 
-@settings(deadline=None)
 @given(st.sampled_from(TASKS), seeds)
 def test_sampled_scenes_are_of_their_task_and_drawn_apart_and_inside(task: str, seed: int) -> None:
     scene, again = (sample_scene(task, np.random.default_rng(seed)) for _ in range(2))
@@ -201,7 +199,6 @@ def test_error_rates_on_six_thousand(spoil: Spoil, most: float) -> None:
     assert max(error_rates(1000, spoil)) <= most
 
 
-@settings(deadline=None)
 @given(st.sampled_from(TASKS), seeds)
 def test_look_finds_every_thing_where_it_is(task: str, seed: int) -> None:
     scene = sample_scene(task, np.random.default_rng(seed))
