@@ -63,6 +63,7 @@ THROUGH = Guidance(clean=0.0, network=0.6, lowest=0.7)  # what the command line 
 METHODS: dict[str, dict[str, Any]] = {
     "plain": {"sampler": BestOfN(1)},
     "through the network": guided(THROUGH),
+    "through the network, best of 4": guided(THROUGH) | {"sampler": BestOfN(4)},
     "at x0": guided(Guidance(clean=0.3, lowest=0.65)),
     "best of 8": {"sampler": BestOfN(8)},
     "particles": {"sampler": FeynmanKac(8, events=(0.2, 0.4, 0.6, 0.8))},

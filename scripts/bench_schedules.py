@@ -3,6 +3,7 @@ distance to the solution of 200 steps from the same noise.
 
     python scripts/bench_schedules.py run --work DIR [--model shapes] [--captions 120]   sample and judge; resumes
     python scripts/bench_schedules.py table --work DIR                                   the tables, with intervals, and a JSON
+    python scripts/bench_schedules.py run --work OTHER --stream 10 --only "AYS (sd15)"   some schedules again, on other captions
 
 Profiles and costs are measured on development captions, the table is of held-out ones. Batches of captions go through all
 schedules in turn. Intervals are 95 %, by bootstrap over captions, of the paired difference from the model's own grid.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,16 +68,18 @@ def settings_of(model: str) -> str:
     return hashlib.sha256(f"{digest(model)} {__version__} {Path(__file__).read_text()}".encode()).hexdigest()[:16]
 
 
-def run(work: Path, model: str, captions: int) -> None:
+def run(work: Path, model: str, captions: int, stream: int = 7, only: Sequence[str] = ()) -> None:
     """One line a caption, schedule and number of steps; whole batches that stand there are not done again."""
     work.mkdir(parents=True, exist_ok=True)
     path = work / f"schedules.{model}.jsonl"
     now, pipe = settings_of(model), load_pipeline(model)
     pipe.set_progress_bar_config(disable=True)
     done = {(r["name"], r["steps"], r["id"]) for r in read(path) if r["settings"] == now}
-    walks = {(name, steps): s for steps in STEPS for name, s in grids(pipe, model, steps).items()}
+    walks = {
+        (name, steps): s for steps in STEPS for name, s in grids(pipe, model, steps).items() if not only or name in (OWN, *only)
+    }
     with path.open("a") as sink:
-        for cases in chunks(held_out(-(-captions // 6))[:captions], BATCH):
+        for cases in chunks(held_out(-(-captions // 6), stream)[:captions], BATCH):
             texts, ids = [c["caption"] for c in cases], [c["id"] for c in cases]
             if all((*walk, i) in done for walk in [*walks, (f"{REFERENCE} steps", REFERENCE)] for i in ids):
                 continue
@@ -150,9 +154,11 @@ if __name__ == "__main__":
     parser.add_argument("--model", default="shapes,shapes-flow", help="one or several")
     parser.add_argument("--work", type=Path, default=Path("outputs/bench_schedules"))
     parser.add_argument("--captions", type=int, default=120)
+    parser.add_argument("--stream", type=int, default=7, help="of captions")
+    parser.add_argument("--only", default="", help="schedules beside the own grid, with ; between them")
     arguments = parser.parse_args()
     if arguments.stage in ("run", "all"):
         for one in arguments.model.split(","):
-            run(arguments.work, one, arguments.captions)
+            run(arguments.work, one, arguments.captions, arguments.stream, [n for n in arguments.only.split(";") if n])
     if arguments.stage in ("table", "all"):
         table(arguments.work)
