@@ -21,7 +21,7 @@ from diffsteer.batch import GRID, MANIFEST, Folder, Item, as_items, generate, re
 from diffsteer.blocks import check_size
 from diffsteer.config import Config, as_yaml, build, settings
 from diffsteer.families import family_of
-from diffsteer.grids import check_schedule
+from diffsteer.grids import check_schedule, explicit
 from diffsteer.guidance import guidance_of
 from diffsteer.measured import settled
 from diffsteer.media import as_clip, check_video
@@ -93,7 +93,7 @@ def generate_folder(config: DictConfig, out: Path, shown: str) -> None:
     pipe = load(config, device) if todo else None
     if pipe is not None and reward is not None:  # a prompt that cannot be scored is refused before any other is done
         reward.prepare([item.prompt for item in folder.missing], Context(embedded=is_embedded(pipe)))
-    schedule = None if pipe is None else schedule_of(config, pipe, [i.prompt for i in items], out)
+    schedule = None if pipe is None else schedule_of(config, pipe, [i.prompt for i in items], out, digested)
     for f, method in runs.values():
         steers = method is sampler  # the other of a demonstration is plain
         _fill(f, config, pipe, method, reward, guide if steers else None, start if steers else None, schedule)
@@ -253,14 +253,18 @@ def call_of(config: DictConfig) -> dict[str, Any]:
     return given_call(config) | scale | grids
 
 
-def schedule_of(config: DictConfig, pipe: Any, prompts: list[Any], out: Path) -> Schedule | None:
+def schedule_of(config: DictConfig, pipe: Any, prompts: list[Any], out: Path, settings_hash: str) -> Schedule | None:
     """The schedule that a configuration names, measured if it is one of those, which is kept in the folder."""
-    call = {k: v for k, v in call_of(config).items() if k not in ("sigmas", "timesteps")}
+    call = call_of(config)
     named = build("schedule", config.schedule)
+    explicit(pipe, named, call, True, config.transition)  # which refuses several grids at once
+    call = {k: v for k, v in call.items() if k not in ("sigmas", "timesteps")}
+    if config.negative_prompt is not None:
+        call["negative_prompt"] = config.negative_prompt
     if hasattr(named, "measured") and not (out / "schedule.json").exists():
         count = min(named.prompts, len(set(map(str, prompts))))
         print(f"schedule {named.name}: measured first, on {count} prompt{'s' * (count > 1)}", flush=True)
-    return settled(named, pipe, prompts, config.num_inference_steps, out / "schedule.json", **call)
+    return settled(named, pipe, prompts, config.num_inference_steps, out / "schedule.json", settings_hash, **call)
 
 
 def _fill(

@@ -70,12 +70,18 @@ class GITS:
 
     def measured(self, pipe: Any, prompts: Sequence[Any], steps: int | None, **call: Any) -> Schedule:
         """Cost: ``prompts teacher`` rows through the denoiser, twice as many where it is guided."""
+        wanted = _steps(pipe, steps, call)
+        if wanted > self.teacher:
+            raise DiffsteerError(f"gits: {wanted} steps are more than its teacher's, schedule.teacher={self.teacher}")
         teacher = trajectory(pipe, prompts[: self.prompts], steps=self.teacher, **call)
-        return gits_schedule(teacher, local_deviation(teacher), _steps(pipe, steps, call), self.coefficient)
+        return gits_schedule(teacher, local_deviation(teacher), wanted, self.coefficient)
 
 
-def settled(schedule: Any, pipe: Any, prompts: Sequence[Any], steps: int | None, path: Path, **call: Any) -> Schedule | None:
-    """A schedule as it is; one that is to be measured as it was measured, which is kept in a file for later runs.
+def settled(
+    schedule: Any, pipe: Any, prompts: Sequence[Any], steps: int | None, path: Path, settings_hash: str, **call: Any
+) -> Schedule | None:
+    """A schedule as it is; one that is to be measured as it was measured, which is kept in a file for later runs with the same
+    settings. (Results of others are refused elsewhere; a file that is left of such a run is written anew.)
 
     Raises:
         DiffsteerError: a file that holds none.
@@ -85,14 +91,16 @@ def settled(schedule: Any, pipe: Any, prompts: Sequence[Any], steps: int | None,
         return found
     if path.exists():
         try:
-            told: dict[str, Any] = {name: tuple(values) for name, values in json.loads(path.read_text()).items()}
-            return Given(**told) if "values" in told else Profile(**told)
-        except (ValueError, TypeError, AttributeError, DiffsteerError) as error:
+            told: dict[str, Any] = dict(json.loads(path.read_text()))
+            if told.pop("settings") == settings_hash:
+                told = {name: tuple(values) for name, values in told.items()}
+                return Given(**told) if "values" in told else Profile(**told)
+        except (ValueError, TypeError, KeyError, DiffsteerError) as error:
             raise DiffsteerError(f"{path.name} holds no schedule ({error}): delete it to measure anew") from error
     made: Any = schedule.measured(pipe, list(dict.fromkeys(prompts)), steps, **call)
     kept = {"values": made.values} if isinstance(made, Given) else {"times": made.times, "masses": made.masses}
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(kept))
+    part.write_text(json.dumps({"settings": settings_hash, **kept}))
     part.replace(path)
     return made  # type: ignore[no-any-return]
 

@@ -17,7 +17,9 @@ from torch.nn.functional import interpolate
 from diffsteer.types import DiffsteerError
 
 VIDEOS = ("gif", "mp4")
-FRAME_MS = 125  # of a GIF: what most models of short clips were trained on, 8 frames a second
+FRAME_MS = 120  # of a GIF, in its hundredths of a second: nearly the 8 frames a second of most models of short clips
+OURS = f"{FRAME_MS} ms a frame".encode()  # a GIF's comment: PIL writes equal frames as one that stands longer
+LONGEST = 2048  # frames of a clip, once those that stand longer count as several
 
 
 class Sound(NamedTuple):
@@ -54,7 +56,7 @@ def save(made: Any, path: Path, texts: Mapping[str, str] | None = None) -> None:
     elif isinstance(made, list) and path.name.removesuffix(".part").endswith(".mp4"):
         _save_mp4(made, path)
     elif isinstance(made, list):
-        made[0].save(path, format="GIF", save_all=True, append_images=made[1:], duration=FRAME_MS, loop=0)
+        made[0].save(path, "GIF", save_all=True, append_images=made[1:], duration=FRAME_MS, loop=0, comment=OURS)
     else:
         info = PngInfo()
         for key, text in (texts or {}).items():
@@ -75,7 +77,8 @@ def check_video(video: str) -> None:
 
 
 def read_clip(path: str | Path, least: int = 2) -> list[Image.Image]:
-    """The frames of a clip, RGB: a GIF or another animated picture, a video (with PyAV), or a folder of pictures in order.
+    """The frames of a clip, RGB: a GIF or another animated picture, a video (with PyAV), or a folder of pictures in order. A
+    frame that stands for as long as several of the shortest is that many.
 
     Raises:
         DiffsteerError: nothing there, or nothing that can be read.
@@ -96,14 +99,22 @@ def read_clip(path: str | Path, least: int = 2) -> list[Image.Image]:
 
 
 def _pictures(path: Path) -> list[Image.Image]:
-    """The pictures in a file."""
+    """The pictures in a file, as often as they are shown."""
     try:
         with Image.open(path) as picture:
-            return [frame.convert("RGB") for frame in ImageSequence.Iterator(picture)]
+            comment = picture.info.get("comment")
+            timed = [(frame.convert("RGB"), frame.info.get("duration") or 0) for frame in ImageSequence.Iterator(picture)]
     except UnidentifiedImageError:
         return _read_video(path)
     except (OSError, SyntaxError, ValueError) as error:  # what PIL says of broken files
         raise DiffsteerError(f"{path}: it cannot be read ({error})") from error
+    unit = FRAME_MS if comment == OURS else min((ms for _, ms in timed if ms > 0), default=1)
+    counts = [max(round(ms / unit), 1) for _, ms in timed]
+    if sum(counts) > LONGEST:
+        raise DiffsteerError(
+            f"{path}: some of its frames stand so long that it has {sum(counts)}; at most {LONGEST} can be read"
+        )
+    return [frame for (frame, _), count in zip(timed, counts, strict=True) for _ in range(count)]
 
 
 def as_clip(clip: Any, least: int = 2) -> Tensor:

@@ -55,7 +55,7 @@ def session_of(pipe: Any, prompts: Sequence[Any], schedule: Schedule, steps: int
         return CallableSession(pipe, prompts, **keys)
     from diffsteer.backend import DiffusersSession
 
-    return DiffusersSession(pipe, prompts, call=call, **keys)
+    return DiffusersSession(pipe, prompts, negative_prompt=call.pop("negative_prompt", None), call=call, **keys)
 
 
 def loss_mass(

@@ -226,7 +226,7 @@ class Bench:
         for reward in (self.reward, self.judge):
             if isinstance(reward, Reward):
                 prepare(reward, prompts, Context(embedded=is_embedded(pipe)))
-        self.schedule = schedule_of(self.config, pipe, prompts, self.record.path.parent)
+        self.schedule = schedule_of(self.config, pipe, prompts, self.record.path.parent, self.record.settings_hash)
         return pipe
 
     def cost(self, number: int, parameters: dict[str, float]) -> int:

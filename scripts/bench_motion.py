@@ -29,7 +29,7 @@ from PIL import Image
 
 from diffsteer import SteeredPipeline, load_pipeline
 from diffsteer.guidance import Guidance
-from diffsteer.media import as_clip
+from diffsteer.media import as_clip, read_clip, save
 from diffsteer.rewards import MotionConsistency
 from diffsteer.samplers import BestOfN, FeynmanKac
 from diffsteer.shapes import caption, check
@@ -39,10 +39,14 @@ from diffsteer.start import ReferenceNoise
 REFERENCES = 60
 
 
+def stream_of(development: bool) -> int:
+    return 31 if development else 32
+
+
 def cases(development: bool) -> list[dict[str, Any]]:
     """Half with one thing, half with two; every reference has something that moves."""
     found: list[dict[str, Any]] = []
-    stream = 31 if development else 32
+    stream = stream_of(development)
     for i in range(REFERENCES):
         task, rng = CLIP_TASKS[i % len(CLIP_TASKS)], np.random.default_rng((stream, i))
         clip = sample_clip(task, rng)
@@ -109,15 +113,15 @@ def run(work: Path, methods: list[str], shard: tuple[int, int], development: boo
                 sink.flush()
                 folder = work / "clips" / method
                 folder.mkdir(parents=True, exist_ok=True)
-                made[0].save(folder / f"{case['id']}.gif", save_all=True, append_images=made[1:], duration=125, loop=0)
+                save(made, folder / f"{case['id']}.gif")
 
 
 def read(work: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for f in sorted(work.glob("motion.*.jsonl")) for line in f.read_text().splitlines()]
 
 
-def table(work: Path, draws: int = 2000) -> None:
-    rows = read(work)
+def table(work: Path, development: bool, draws: int = 2000) -> None:
+    rows = [r for r in read(work) if r["id"].startswith(f"{stream_of(development)}-")]
     by: dict[str, dict[str, dict[str, Any]]] = {}
     for r in rows:
         by.setdefault(r["method"], {})[r["id"]] = r
@@ -147,12 +151,7 @@ def sheet(work: Path, methods: list[str], development: bool, count: int = 8) -> 
     for i, case in enumerate(shown):
         rows = [render_clip(case["clip"])]
         for method in methods:
-            with Image.open(work / "clips" / method / f"{case['id']}.gif") as gif:
-                frames = []
-                for k in range(gif.n_frames):
-                    gif.seek(k)
-                    frames.append(gif.convert("RGB"))
-            rows.append(frames)
+            rows.append(read_clip(work / "clips" / method / f"{case['id']}.gif"))
         for r, frames in enumerate(rows):
             for c, k in enumerate((0, 2, 4, 7)):
                 at = (i % 4 * width + c * (zoom + 2), i // 4 * height + r * (zoom + 2) + (gap if r else 0))
@@ -203,7 +202,7 @@ if __name__ == "__main__":
         part, whole = (int(v) for v in arguments.shard.split("/"))
         run(arguments.work, named, (part, whole), arguments.development, arguments.count)
     elif arguments.what == "table":
-        table(arguments.work)
+        table(arguments.work, arguments.development)
     elif arguments.what == "sheet":
         sheet(arguments.work, named, arguments.development)
     elif arguments.what == "memory":

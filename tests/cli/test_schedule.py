@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from diffsteer import SteeredPipeline, load_pipeline
+from diffsteer.measured import settled
 from diffsteer.profiles import gits_schedule, local_deviation, loss_mass, trajectory
 from diffsteer.rewards import ClipScore
 from diffsteer.samplers import BestOfN, FeynmanKac
@@ -100,10 +101,45 @@ def test_one_that_is_measured_is_measured_once_and_kept(
         (("schedule=",), "schedule= is no option"),
         (("schedule=gits", "schedule.teacher=0"), "gits: teacher=0; at least 1 is needed"),
         (("schedule=loss_mass", "schedule.cells=1"), "loss_mass: cells=1; at least 2 are needed"),
-        (("schedule=gits", "schedule.teacher=2", "num_inference_steps=5"), "gits: steps=5; this cost has 1 to 2"),
+        (
+            ("schedule=gits", "schedule.teacher=2", "num_inference_steps=5"),
+            "gits: 5 steps are more than its teacher's, schedule.teacher=2",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(command: Callable[..., Any], tmp_path: Path, argv: tuple[str, ...], said: str) -> None:
     done = command("generate", f"prompt={PROMPT}", "out=here", *argv)
     assert done.code == 2 and said in done.err and len(done.err.splitlines()) == 1, done.err
     assert not (tmp_path / "here" / "images").exists()
+
+
+def test_a_kept_schedule_is_of_the_same_settings(tmp_path: Path) -> None:
+    class Counted:
+        name, count = "counted", 0
+
+        def measured(self, pipe: Any, prompts: Any, steps: int | None, **call: Any) -> Given:
+            self.count += 1
+            return Given((9.0, float(self.count)))
+
+    schedule, path = Counted(), tmp_path / "schedule.json"
+    found = [settled(schedule, None, ["a"], None, path, settings) for settings in ("one", "one", "other", "other", "one")]
+    assert [s.values[1] for s in found if isinstance(s, Given)] == [1.0, 1.0, 2.0, 2.0, 3.0]
+
+
+def test_it_is_measured_as_it_is_walked(command: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the negative prompt, and not before what is wrong has been found."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    small = ("generate", f"prompt={PROMPT}", "sampler=best_of_n", "sampler.particles=1", "num_inference_steps=3")
+    measured = ("schedule=loss_mass", "schedule.cells=4", "schedule.steps=4")
+    for name, more in (("plain", ()), ("not", ("negative_prompt=a blue square",))):
+        done = command(*small, *measured, *more, f"out={name}")
+        assert done.code == 0, done.err
+    one, other = (json.loads((tmp_path / name / "schedule.json").read_text())["masses"] for name in ("plain", "not"))
+    assert one != other
+    monkeypatch.setattr("diffsteer.measured.trajectory", lambda *a, **k: pytest.fail("measured"))
+    for wrong, said in (
+        (("timesteps=[999,1]",), "give one of timesteps and schedule"),
+        (("schedule.teacher=2",), "schedule.teacher=2"),
+    ):
+        refused = command(*small, "schedule=gits", *wrong, "out=wrong")
+        assert refused.code == 2 and said in refused.err and refused.err.count("\n") == 1, refused.err

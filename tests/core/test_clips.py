@@ -86,3 +86,23 @@ def test_what_is_no_clip_is_told(tmp_path: Path) -> None:
         media.check_video("avi")
     with pytest.raises(DiffsteerError, match="is a tensor"):
         media.as_clip(torch.zeros(3, 8, 8))
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_frames_that_stand_are_frames(ours: bool, tmp_path: Path) -> None:
+    """Equal frames become one that stands longer; read back, a pause is a pause, and a slow clip as long as it was."""
+    things = sample_clip("colors", np.random.default_rng(4)).scene
+    moving = render_clip(Clip(things, ((0.5, 0.0),), 8))
+    for frames in ([moving[0]] * 8 + moving, [f for f in moving for _ in range(2)]):
+        if ours:
+            media.save(frames, tmp_path / "clip.gif")
+        else:
+            frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:], duration=40)
+        read = media.read_clip(tmp_path / "clip.gif")
+        doubled = frames[0] == frames[1] and frames[2] != frames[1] and not ours  # nothing says that all of it is slow
+        wanted = frames[::2] if doubled else frames
+        assert len(read) == len(wanted)
+        assert all(np.abs(np.asarray(a, int) - np.asarray(b, int)).max() < 40 for a, b in zip(read, wanted, strict=True))
+    moving[0].save(tmp_path / "long.gif", save_all=True, append_images=moving[1:], duration=[20, 60_000, *[20] * 6])
+    with pytest.raises(DiffsteerError, match="at most 2048"):
+        media.read_clip(tmp_path / "long.gif")
