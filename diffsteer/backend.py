@@ -171,7 +171,7 @@ class DiffusersSession(ClipSession):
         names = [name for name in ("prepare_latents", "prepare_mask_latents") if hasattr(self.shadow, name)]
 
         def once(name: str, prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            key = (name, *rows)
+            key = (name, self.purpose, *rows)
             if self.family.entry != "prepared":
                 made = prepare(*args, **kwargs)
             else:
@@ -341,7 +341,7 @@ class DiffusersSession(ClipSession):
 
     def _stream(self, row: int) -> torch.Generator:
         """From this a pipeline draws what it draws itself for a row, the same in every call. Our transition draws by key."""
-        return rng.generator(self.seed, *self.key(row), 0, "call")
+        return rng.generator(self.seed, *self.key(row), 0, "call" if self.purpose == "start" else self.purpose)
 
     def _arguments(self, rows: Sequence[int]) -> dict[str, Any]:
         """Of a call of the pipeline for these rows."""

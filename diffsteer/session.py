@@ -59,6 +59,7 @@ class Session(ABC):
     makes: str = ""
     no_reentry: str = ""  # why its runs cannot be cut
     visit = 0  # how often the step at hand was taken before
+    purpose = "start"  # what first states are drawn for
     clock: Clock | None = None  # where rows can be at levels of their own
     start: NoiseTransform | None = None  # what is done to the first noise
     remembers: bool = False  # its solver knows of each row's last steps
@@ -120,7 +121,7 @@ class Session(ABC):
     def noise(self, rows: Sequence[int] | None = None) -> Tensor:
         """Keyed first states of the given rows (default: all), (N, *shape), at the level the chain starts from."""
         keys = [self.key(r) for r in (range(self.rows) if rows is None else rows)]
-        noise = rng.normal(self.seed, keys, 0, "start", self.shape)
+        noise = rng.normal(self.seed, keys, 0, self.purpose, self.shape)
         return self._scale_noise(noise if self.start is None else self.start(noise, self))
 
     def encoded(self, frames: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ import warnings
 import torch
 from torch import Tensor
 
-from diffsteer import rng
 from diffsteer.algebra import NO_SIGNAL, Level, transition
 from diffsteer.selection import Selection
 from diffsteer.session import Session
@@ -71,19 +70,22 @@ class TimedWalk:
     def _nominal(self, k: int) -> Tensor:
         return self.clock.times[k].double().repeat(self.session.rows)
 
+    def _looks(self, k: int) -> bool:
+        """Are the rows asked for their levels before step k?"""
+        return k > 0 and self.timing.window > 0 and float(self.clock.times[k]) > self.timing.cutoff * self.clock.unit
+
     def _times(self, x: Tensor, k: int, variance: Tensor, spread: float) -> Tensor:
         """What the rows' times are before step k."""
-        nominal = float(self.clock.times[k])
-        if self.timing.window == 0 or nominal <= self.timing.cutoff * self.clock.unit:
+        if not self._looks(k):
             return self._nominal(k)
-        found = match(x, nominal, self.timing, self.clock, variance, spread, k)
+        found = match(x, float(self.clock.times[k]), self.timing, self.clock, variance, spread, k)
         self.shifts.append(found)
         return found.times
 
     def _step(self, x: Tensor, k: int, times: Tensor) -> tuple[Tensor, Tensor]:
         session, timing = self.session, self.timing
         to, nominal = session.levels[k + 1], self._nominal(k)
-        usual = bool((times == nominal).all())
+        usual = not self._looks(k)  # whatever was found: one row must not know what another was found to be
         if usual and timing.order == 1 and timing.epsilon_scale == 1:
             return session.segment(x, k, k + 1)
         at = (
@@ -144,11 +146,11 @@ class TimedWalk:
         timing, session = self.timing, self.session
         if not timing.calibrates:
             return torch.full((session.rows,), timing.data_variance or 0.0, dtype=torch.float64), 0.0
-        keys = [session.key(r) for r in range(session.rows)]
-        noise = rng.normal(session.seed, keys, 0, "calibrate", session.shape)
-        session.visit = 1  # other noise than that of the run to come
-        clean = session.segment(session._scale_noise(noise), 0, session.steps).x
-        session.visit = 0
+        session.visit, session.purpose = 1, "calibrate"  # other noise than that of the run to come
+        try:
+            clean = session.segment(session.noise(), 0, session.steps).x
+        finally:
+            session.visit, session.purpose = 0, "start"
         variances = sample_variance(clean).cpu().view(-1, session.particles)
         spread = float(variances.std(1).mean()) if session.particles > 1 else 0.0
         return variances.mean(1).repeat_interleave(session.particles), spread

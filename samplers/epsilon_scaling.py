@@ -14,7 +14,8 @@ from diffsteer.types import setting
 class EpsilonScaling(Timed):
     """The predicted noise is divided by a constant: states that drifted make networks predict too much of it.
 
-    A heuristic against exposure bias, and the simplest one. With ``scale=1`` the plain chain, bit for bit at order 1.
+    A heuristic against exposure bias, and the simplest one. With ``scale=1`` the plain chain, bit for bit at order 1. With any
+    other scale the noise follows from the estimate that a scheduler has clipped, where it clips (clip_sample).
 
     Cost: that of the plain chain, 1 evaluation more at order 2 and 9 more at order 4.
 

@@ -20,6 +20,7 @@ class TimeShift(Timed):
     latents of unit variance always stands at the window's edge: `out.trace.shifts` says for how many rows, and a warning
     when for most. With ``window=0`` it is the plain chain, bit for bit at order 1 (with eta=0 of solvers that cannot
     be cut, such as DDPM's and PNDM's, the DDIM step on their grid). A step from a level without signal is of first order.
+    Where a scheduler clips its estimates (clip_sample) the noise of a step that is looked at follows from the clipped one.
 
     Cost: that of the plain chain, 1 evaluation more at order 2 and 9 more at order 4; ``reference="calibrated"`` takes a
     plain run first.

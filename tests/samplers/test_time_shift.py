@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import copy
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from core.test_backend import with_scheduler
+from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
+from families.toys import TOYS
 from torch import Tensor
 
 from diffsteer import SteeredPipeline, load_pipeline
 from diffsteer.algebra import Level, level
+from diffsteer.backend import DiffusersSession
 from diffsteer.callable import CallableModel, CallableSession
+from diffsteer.rewards import Compressibility
 from diffsteer.samplers import BestOfN, EpsilonScaling, FeynmanKac, TimeShift
+from diffsteer.shapes import render, sample_scene
 from diffsteer.timed import TimedWalk
 from diffsteer.timing import Clock, Timing, match, reference_variance, sample_variance
 from diffsteer.types import DiffsteerError, UnsupportedError
@@ -145,6 +152,57 @@ def test_other_rows_change_nothing() -> None:
         three = steered(["a", "b", "c"], num_inference_steps=8, seed=2, ids=[5, 6, 7])
         one = steered(["b"], num_inference_steps=8, seed=2, ids=[6])
     torch.testing.assert_close(three.samples[1], one.samples[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.8])
+def test_a_changed_picture_is_calibrated_from_the_picture(strength: float) -> None:
+    """What is measured is the variance that a plain run of the same class has at its end."""
+    pipe = StableDiffusionImg2ImgPipeline(**load_pipeline("shapes").components)
+    pipe.set_progress_bar_config(disable=True)
+    picture = render(sample_scene("two_object", np.random.default_rng(3)))
+    call: dict[str, Any] = {"image": picture, "strength": strength, "num_inference_steps": 10, "ids": [1, 2, 3]}
+    prompts = ["a red circle"] * 3
+    plain = SteeredPipeline(pipe, BestOfN(4, eta=0.0), Compressibility())(prompts, seed=1, **call)
+    session = DiffusersSession(
+        pipe,
+        prompts,
+        particles=4,
+        seed=2,
+        eta=0.0,
+        own=True,
+        num_inference_steps=10,
+        call={"image": picture, "strength": strength, "guidance_scale": 4.0},
+    )
+    variances, _ = TimedWalk(session, Timing())._data_variance()
+    assert float(variances.mean()) == pytest.approx(float(sample_variance(plain.latents.flatten(0, 1)).mean()), rel=0.15)
+    first, again = session.noise(), session.noise()
+    assert torch.equal(first, again), "the run to come begins as ever"
+
+
+def test_other_rows_change_nothing_where_estimates_are_clipped() -> None:
+    """Some rows are shifted and some are not; those that are not must not know."""
+    pipe = TOYS["DDPMPipeline"].build()
+    pipe.scheduler = DDIMScheduler(clip_sample=True, clip_sample_range=0.1)
+    bars = pipe.scheduler.alphas_cumprod
+
+    def exact(sample: Tensor, timestep: Tensor, **options: Any) -> Any:
+        bar = bars[torch.as_tensor(timestep).long()].view(-1, 1, 1, 1)
+        return SimpleNamespace(sample=(1 - bar).sqrt() / (bar * 0.2 + 1 - bar) * sample)
+
+    pipe.unet.forward = exact
+    sampler = TimeShift(eta=1.0, window=6, cutoff=100, reference="data_var", data_variance=0.2)
+
+    def run(ids: list[int]) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return SteeredPipeline(pipe, sampler)([""] * len(ids), num_inference_steps=8, seed=0, ids=ids)
+
+    together = run(list(range(60)))
+    moved = torch.stack([s.by for s in together.trace.shifts]) != 0
+    stayed = (~moved).any(0).nonzero().flatten().tolist()
+    assert stayed and bool(moved.any())
+    for i in stayed[:4]:
+        torch.testing.assert_close(together.latents[i], run([i]).latents[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("order", [2, 4])
