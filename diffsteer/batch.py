@@ -175,7 +175,8 @@ class Folder:
         append(self.path / MANIFEST, lines)
         ledger = out.ledger
         rest = {"forwards": ledger.forwards, "padding": ledger.padding, "peak_memory": ledger.peak_memory}
-        append(self.path / TIMINGS, [{"ids": [i.id for i in items], "seconds": ledger.seconds, **rest}])
+        skipped = {"skipped": ledger.skipped} if ledger.skipped else {}
+        append(self.path / TIMINGS, [{"ids": [i.id for i in items], "seconds": ledger.seconds, **rest, **skipped}])
 
     def finish(self) -> None:
         """Put the manifest in the order of the items, lines of prompts that are not asked for now last; draw the sheet."""

@@ -9,12 +9,13 @@ import contextlib
 import errno
 import io
 import os
+import re
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffsteer import __version__
 
@@ -169,15 +170,27 @@ def _overrides_first(argv: list[str]) -> list[str]:
 
 @contextlib.contextmanager
 def _warnings_in_a_line() -> Iterator[None]:
-    """Warnings as the command's own words, not as places in its code."""
+    """Warnings as the command's own words, not as places in its code; what is said again, with other numbers, is counted."""
     from diffsteer.config import one_line
 
-    before = warnings.showwarning
-    warnings.showwarning = lambda message, *where, **more: print(f"diffsteer: warning: {one_line(message)}", file=sys.stderr)
-    try:
-        yield
-    finally:
-        warnings.showwarning = before
+    said: dict[str, list[str]] = {}
+
+    def show(message: Warning | str, *where: Any, **more: Any) -> None:
+        text = one_line(message)
+        alike = said.setdefault(re.sub(r"[\d.]+", "#", text), [])
+        alike.append(text)
+        if len(alike) == 1:
+            print(f"diffsteer: warning: {text}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", module=r"diffsteer\.")
+        warnings.showwarning = show
+        try:
+            yield
+        finally:
+            for first, *again in said.values():
+                if again:
+                    print(f"diffsteer: warning: {first} (so, or nearly, {len(again)} times more)", file=sys.stderr)
 
 
 @contextlib.contextmanager

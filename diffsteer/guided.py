@@ -49,7 +49,7 @@ class GuidedWalk:
         if self.tapped and (guidance.draws > 1 or guidance.smoothing > 0):
             raise DiffsteerError("guidance: features of the network are not smoothed: set draws=1 and smoothing=0")
         self.moments = guidance.moments()
-        self.guided = self.skipped = 0
+        self.guided = 0
         if guidance.measures_pulls:
             session.measure_pulls()
 
@@ -75,7 +75,7 @@ class GuidedWalk:
                 session.follow(ancestors, event)
                 for moments in self.moments.values():
                     moments.follow(ancestors)
-        warn_skipped(self.skipped)
+        warn_skipped(session.ledger.skipped)
         if not self.guided and max(self.guidance.clean, self.guidance.network) > 0:
             warn_idle(self.guidance, session.steps)
         return x
@@ -148,7 +148,7 @@ class GuidedWalk:
         pulls = None if self.session.pulls is None else self.session.pulls.to(noise)
         scale = Scale(at, noise, rewards.to(noise), self.reward.range[1], pulls)
         moved, skipped = update(self.guidance, gradient, scale, strength, path == "network", self.moments.get(path))
-        self.skipped += skipped
+        self.session.ledger.skipped += skipped
         return moved
 
     def _gradient(self, x0: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,3 +57,13 @@ def test_what_cannot_be_is_refused(command: Callable[..., Any], tmp_path: Path, 
     assert done.code == 2 and said in done.err and len(done.err.splitlines()) == 1
     assert not done.out
     assert not (tmp_path / "here" / "images").exists()
+
+
+def test_what_was_left_out_is_counted_for_every_prompt(command: Any, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a red circle\na blue ring\na star")
+    done = command("generate", "prompts=p.txt", "sampler=mpgd", "sampler.strength=1e30", "num_inference_steps=3", "out=o")
+    lines = [line for line in done.err.splitlines() if "warning" in line]
+    assert done.code == 0 and len(lines) == 2, done.err
+    assert "updates were skipped" in lines[0] and "2 times more)" in lines[1]
+    counted = [json.loads(line)["skipped"] for line in (tmp_path / "o/timings.jsonl").read_text().splitlines()]
+    assert len(counted) == 3 and min(counted) > 0

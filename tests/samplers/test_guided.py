@@ -224,5 +224,6 @@ def test_a_skipped_update_is_said_and_counted() -> None:
     pipe = SteeredPipeline(model("vp"), MPGD(2, lowest=0.0), broken)
     with pytest.warns(UserWarning, match=f"{2 * 2 * STEPS} updates were skipped"):
         out = pipe(["b", "b"], num_inference_steps=STEPS, seed=0)
+    assert out.ledger.skipped == 2 * 2 * STEPS and "skipped" in str(out.ledger)
     plain = SteeredPipeline(model("vp"), BestOfN(2), position)(["b", "b"], num_inference_steps=STEPS, seed=0)
     torch.testing.assert_close(out.samples, plain.samples)
