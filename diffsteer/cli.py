@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 USAGE = """\
 diffsteer generate [prompt=TEXT | prompts=FILE] [key=value ...]   images, steered by a reward (--help tells the keys)
 diffsteer tune tune.parameters.NAME=LOW..HIGH [key=value ...]     a sampler's parameters, searched for a reward
-diffsteer list samplers | rewards | models                        what there is
+diffsteer list samplers | rewards | models | schedules            what there is
 diffsteer comfy export DIR | doctor DIR | graph key=value ...     nodes for ComfyUI, and runs as graphs
 diffsteer --version"""
 TUNE_HELP = """\

@@ -105,24 +105,37 @@ def generate_folder(config: DictConfig, out: Path, shown: str) -> None:
     print(f"{len(items)} {kind}{'s' * (len(items) > 1)}{sheets} and {MANIFEST} in {shown}{before}")
 
 
-def rewarded(config: DictConfig) -> tuple[Reward | None, NoiseTransform | None]:
-    """The reward that a configuration names, told of the reference, and what that does to the first noise.
+def told_reward(config: DictConfig) -> DictConfig:
+    """The reward that a configuration names, the reference put into it.
 
     Raises:
-        DiffsteerError: what `build` refuses; a reference that nothing would read.
+        DiffsteerError: a reference that nothing would read, or two of them.
     """
-    if OmegaConf.is_missing(config, "reward"):
-        return None, None
-    told = config.reward.copy()
+    told: DictConfig = config.reward.copy()
     if config.reference is not None:
+        if not config.reference.strip():
+            raise DiffsteerError("reference= is empty: give a clip, a GIF, an MP4 or a folder of frames")
         takes = "reference" in {f.name for f in fields(find("reward", str(told.get("name"))))}
-        if takes and told.get("reference") is None:
+        if told.get("reference") is not None:
+            raise DiffsteerError("reference= and reward.reference= are two references: give one of them")
+        if takes:
             told.reference = config.reference
         if not takes and config.reference_share == 0:
             raise DiffsteerError(f"reference= has no effect: the reward {told.get('name')} has none, and reference_share is 0")
     elif config.reference_share != 0:
         raise DiffsteerError(f"reference_share={config.reference_share:g} wants a reference=, a clip")
-    reward = build("reward", told)
+    return told
+
+
+def rewarded(config: DictConfig) -> tuple[Reward | None, NoiseTransform | None]:
+    """That reward itself, and what the reference does to the first noise.
+
+    Raises:
+        DiffsteerError: what `told_reward` and `build` refuse.
+    """
+    if OmegaConf.is_missing(config, "reward"):
+        return None, None
+    reward = build("reward", told_reward(config))
     if config.reference is None or config.reference_share == 0:
         return reward, None
     return reward, ReferenceNoise(as_clip(config.reference), config.reference_share)

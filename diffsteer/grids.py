@@ -147,7 +147,10 @@ def check_schedule(schedule: Schedule | None, steered: bool, transition: str) ->
         DiffsteerError: without a sampler, or for the solver's own transitions.
     """
     if schedule is not None and not steered:
-        raise DiffsteerError("a schedule wants a sampler, since its steps are diffsteer's: take BestOfN(1, eta=0)")
+        raise DiffsteerError(
+            "a schedule wants a sampler, since its steps are diffsteer's: BestOfN(1, eta=0), or sampler=best_of_n "
+            "sampler.particles=1 sampler.eta=0, is the plain chain"
+        )
     if schedule is not None and transition == "native":
         raise DiffsteerError("transition=native walks the solver's own grid: leave the schedule out, or take transition=own")
 

@@ -203,6 +203,8 @@ def guidance_of(guide: Any, sampler: Any) -> Guidance | None:
         return None
     if sampler is None or hasattr(sampler, "guidance"):
         raise DiffsteerError("guide= goes beside a sampler that selects, such as FeynmanKac(4); methods that guide stand alone")
+    if getattr(guide, "particles", 1) != 1:
+        raise DiffsteerError(f"guide= has particles={guide.particles}: they are the sampler's to say")
     found = getattr(guide, "guidance", guide)
     if not isinstance(found, Guidance):
         raise DiffsteerError(f"guide is a Guidance, or a method that has one, not {guide!r}")

@@ -126,12 +126,18 @@ def as_clip(clip: Any, least: int = 2) -> Tensor:
     if isinstance(clip, Tensor):
         if clip.ndim != 4 or clip.shape[1] != 3:
             raise DiffsteerError(f"a clip is a tensor (F, 3, H, W) in [0, 1], not {tuple(clip.shape)}")
-        return clip.float()
+        pixels: Tensor = clip.float()
+        low, high = float(pixels.amin()), float(pixels.amax())
+        if not (low >= -0.01 and high <= 1.01):
+            raise DiffsteerError(f"a clip lies in [0, 1], and this from {low:g} to {high:g}")
+        return pixels
     if isinstance(clip, Image.Image):
         clip = [clip]
     if not isinstance(clip, (str, Path, list, tuple)):
         raise DiffsteerError(f"a clip is a file, a folder, frames, or a tensor (F, 3, H, W) in [0, 1], not {clip!r}")
     frames = clip if isinstance(clip, (list, tuple)) else read_clip(clip, least)
+    if not all(isinstance(frame, Image.Image) for frame in frames):
+        raise DiffsteerError(f"the frames of a clip are PIL images, not {type(frames[0]).__name__}: a tensor is (F, 3, H, W)")
     if len(frames) < least or len({frame.size for frame in frames}) > 1:
         raise DiffsteerError(f"a clip is at least {least} frames of one size, not {[frame.size for frame in frames]}")
     arrays = np.stack([np.asarray(f.convert("RGB")) for f in frames])

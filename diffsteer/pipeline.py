@@ -115,7 +115,10 @@ class SteeredPipeline:
         self.transition, self.noise = transition, noise
         self.guide, self.start = guidance_of(guide, sampler), start
         if start is not None and sampler is None:
-            raise DiffsteerError("start= wants a sampler, whose noise is keyed: BestOfN(1, eta=0) is the plain chain")
+            raise DiffsteerError(
+                "what begins from other noise (start=, reference_share=) wants a sampler, whose noise is keyed: "
+                "BestOfN(1, eta=0) is the plain chain"
+            )
         self.chunk, self.deterministic, self.experts = chunk, deterministic, tuple(experts)
         if self.reward is not None and (self.guide is not None or (sampler is not None and sampler.needs_grad)):
             check_gradient(self.reward)

@@ -32,7 +32,8 @@ class ReferenceNoise:
     Args:
         frames: the reference, (F, 3, H, W) in [0, 1].
         share: in [0, 1], the correlation with the reference within the band.
-        cutoff: of the low-pass, in shares of the Nyquist frequency, over time, height and width alike.
+        cutoff: of the low-pass, in shares of the corner of the spectrum, where time, height and width all have their Nyquist
+            frequency: along one axis 0.58 is that frequency.
 
     Raises:
         DiffsteerError: a value out of its range. UnsupportedError, when called: latents that are no clip encoded frame by

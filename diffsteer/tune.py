@@ -29,6 +29,7 @@ from diffsteer.generate import (
     schedule_of,
     snapshot,
     steered_of,
+    told_reward,
 )
 from diffsteer.grids import check_schedule
 from diffsteer.guidance import guidance_of
@@ -118,6 +119,8 @@ def _leave(trials: list[Trial], bench: Bench, told: DictConfig, name: str, out: 
     ]
     if len(trials) - 1 < told.trials:
         facts.append(f"The budget of {told.evaluations} evaluations ended it before {told.trials} trials.")
+    if hasattr(build("schedule", bench.config.schedule), "measured"):
+        facts.append("The schedule was measured on these prompts (`schedule.json`); `generate` measures it on its own.")
     command = " ".join([f"diffsteer generate --config-dir {shlex.quote(shown)} sampler={name}", *_told()])
     file = out / "sampler" / f"{name}.yaml"
     if best is not None:
@@ -150,7 +153,11 @@ def _check_name(name: str) -> None:
     """A name that a file of the sampler group can have, and that no other has: Hydra would take that one."""
     if not re.fullmatch(r"[A-Za-z][\w-]*", name):
         raise DiffsteerError(f"tune.name={name}; it takes letters, digits, _ and -, a letter first")
-    if name == "none" or name in registered("sampler"):
+    if (
+        name == "none"
+        or name in registered("sampler")
+        or (Path(__file__).parent / "configs" / "sampler" / f"{name}.yaml").exists()
+    ):
         raise DiffsteerError(f"tune.name={name} is the name of a sampler that there is; choose another")
 
 
@@ -191,7 +198,8 @@ def _judge(config: DictConfig, holdout: Any, items: Sequence[Item]) -> Reward | 
     if not isinstance(named, DictConfig) or (isinstance(holdout, str) and holdout not in registered("reward")):
         raise DiffsteerError(f"tune.holdout={holdout} is unknown{nearest(str(holdout), [CHECKER, *registered('reward')])}")
     held: Reward = build("reward", named)
-    if type(held) is type(build("reward", config.reward)) and _same(named, config.reward):
+    steers = None if OmegaConf.is_missing(config, "reward") else told_reward(config)
+    if steers is not None and held.name == steers.get("name") and _same(named, steers):
         raise DiffsteerError(f"tune.holdout={holdout} is the reward that steers: hold out another one")
     return held
 

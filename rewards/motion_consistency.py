@@ -14,8 +14,9 @@ from torch.nn.functional import adaptive_avg_pool2d
 from diffsteer.correlation import VARIANTS, inconsistency, moving_mask, pairs_of
 from diffsteer.media import as_clip, resampled
 from diffsteer.reward import Reward
-from diffsteer.types import Context, DiffsteerError, setting
+from diffsteer.types import Context, DiffsteerError, check_numbers, setting
 
+BLOCKS, TEMPERATURE = ("up_blocks.0",), 0.1
 PAIRS = ("both", "consecutive", "first", "all")
 
 
@@ -52,11 +53,11 @@ class MotionConsistency(Reward):
     reference: Any = None
     variant: str = setting("shift", choices=VARIANTS)
     pairs: str = setting("both", choices=PAIRS)
-    temperature: float = setting(0.1, low=0)
+    temperature: float = setting(TEMPERATURE, low=0)
     side: int = setting(16, low=2)
     mask: Any = "moving"
     features: str = setting("pixels", choices=("pixels", "network"))
-    blocks: Any = field(default=("up_blocks.0",))
+    blocks: Any = field(default=BLOCKS)
 
     name: ClassVar[str] = "motion_consistency"
     modality: ClassVar[str] = "video"
@@ -71,17 +72,25 @@ class MotionConsistency(Reward):
         ):
             if value not in valid:
                 raise DiffsteerError(f"motion_consistency: {name}={value!r} is unknown; valid: {', '.join(valid)}")
+        check_numbers("motion_consistency: ", {"side": self.side}, {"temperature": self.temperature})
         if not self.temperature > 0:
             raise DiffsteerError(f"motion_consistency: temperature={self.temperature:g}; it must be positive")
+        if self.temperature != TEMPERATURE and self.variant not in ("softmax", "displacement"):
+            raise DiffsteerError(f"motion_consistency: temperature has no effect with variant={self.variant}: leave it out")
         if self.side < 2:
             raise DiffsteerError(f"motion_consistency: side={self.side}; at least 2 is needed")
-        self.blocks = (self.blocks,) if isinstance(self.blocks, str) else tuple(self.blocks)
+        self.blocks = (self.blocks,) if isinstance(self.blocks, str) else self.blocks
+        if not isinstance(self.blocks, Sequence) or not all(isinstance(b, str) for b in self.blocks):
+            raise DiffsteerError(f"motion_consistency: blocks={self.blocks}; wanted names of modules, such as up_blocks.0")
+        self.blocks = tuple(self.blocks)
+        if self.features == "pixels" and self.blocks != BLOCKS:
+            raise DiffsteerError("motion_consistency: blocks have no effect with features=pixels: take features=network")
         self.taps = self.blocks if self.features == "network" else ()
         if self.features == "network" and not self.blocks:
             raise DiffsteerError("motion_consistency: features=network wants blocks, modules of the denoiser: up_blocks.0")
         self.frames: Tensor | None = None if self.reference is None else as_clip(self.reference)
         self._mask: Tensor | None = None
-        if isinstance(self.mask, bool | int | float):
+        if self.mask is None or isinstance(self.mask, bool | int | float):
             raise DiffsteerError(f'motion_consistency: mask={self.mask}; valid: "", moving, or a picture or clip')
         if isinstance(self.mask, Tensor) or (self.mask and self.mask != "moving"):
             self._mask = as_clip(self.mask, least=1).mean(1)

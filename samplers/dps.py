@@ -27,6 +27,7 @@ class DPS(Guided):
         strength: zeta; 0.3 to 1 in the paper, at 1,000 steps.
         normaliser: see `Guidance`.
         highest, lowest: the noise levels ``t = sigma / (alpha + sigma)`` that are guided. every: only each so many steps.
+        beta1, beta2: of ``normaliser="adam"``.
 
     Raises:
         DiffsteerError: a value out of its range.

@@ -29,6 +29,7 @@ class FreeDoM(Guided):
         recurrence: times that each guided step is taken.
         normaliser: see `Guidance`.
         highest, lowest: the noise levels ``t = sigma / (alpha + sigma)`` that are guided. every: only each so many steps.
+        beta1, beta2: of ``normaliser="adam"``.
 
     Raises:
         DiffsteerError: a value out of its range.

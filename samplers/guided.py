@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from diffsteer.guidance import BETAS, NORMALISERS, Guidance
@@ -37,6 +38,13 @@ class Guided(BestOfN):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for f in fields(self):  # by the method's own names
+            low, high, value = f.metadata.get("low"), f.metadata.get("high"), getattr(self, f.name)
+            if low is None or isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            if not (low <= value <= (math.inf if high is None else high)) or math.isinf(value):
+                valid = f"at least {low:g} and finite" if high is None else f"between {low:g} and {high:g}"
+                raise DiffsteerError(f"{self.name}: {f.name}={value:g}; it must be {valid}")
         try:
             self.guidance  # noqa: B018  # its values are checked where it is made
         except DiffsteerError as error:

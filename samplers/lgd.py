@@ -26,6 +26,7 @@ class LGD(Guided):
         smoothing: their standard deviation, in shares of ``sigma / sqrt(alpha^2 + sigma^2)``, which is the paper's.
         normaliser: see `Guidance`.
         highest, lowest: the noise levels ``t = sigma / (alpha + sigma)`` that are guided. every: only each so many steps.
+        beta1, beta2: of ``normaliser="adam"``.
 
     Raises:
         DiffsteerError: a value out of its range.

@@ -15,7 +15,7 @@ class MPGD(Guided):
 
     The cheapest method on large models. Its weakness: at high noise the estimate is blurred, and the gradient of a reward that
     never saw such pictures says little. A heuristic; with ``strength=0`` the plain chain. The paper's projection through an
-    autoencoder is what decoding latents does anyway.
+    autoencoder is what decoding latents does anyway; for models of pixels there is none here.
 
     Cost: at each guided step a decode and a reward, forwards and backwards.
 
@@ -26,6 +26,7 @@ class MPGD(Guided):
         normaliser: see `Guidance`. The authors' code has "step" for pixels, with a share that follows the step, and "cfg" for
             Stable Diffusion, with strengths of 15 to 30 on gradients of a norm: far more than a share of what guidance does.
         highest, lowest: the noise levels ``t = sigma / (alpha + sigma)`` that are guided. every: only each so many steps.
+        beta1, beta2: of ``normaliser="adam"``.
 
     Raises:
         DiffsteerError: a value out of its range.

@@ -12,7 +12,8 @@ from diffsteer.types import setting
 
 @dataclass(frozen=True)
 class TFG(Guided):
-    """Both paths, iterations, recurrences and smoothing: the space that the paper searches, with its defaults.
+    """Both paths, iterations, recurrences and smoothing: the space that the paper searches, with its defaults (but for the
+    cut of clean estimates at [-1, 1], which is the scheduler's matter).
 
     A heuristic; with both strengths 0 the plain chain. The paper's strengths are for raw gradients (``normaliser="none"``) of a
     classifier's log-probability; with other rewards take another normaliser, and tune.
@@ -30,6 +31,7 @@ class TFG(Guided):
         profile: of both strengths along the run: constant | increase | decrease.
         normaliser: see `Guidance`.
         highest, lowest: the noise levels ``t = sigma / (alpha + sigma)`` that are guided. every: only each so many steps.
+        beta1, beta2: of ``normaliser="adam"``.
 
     Raises:
         DiffsteerError: a value out of its range.

@@ -14,7 +14,8 @@ class UniversalGuidance(Guided):
     """Forward guidance (through the network), backward guidance (iterations at x0), and recurrences.
 
     A heuristic; with both strengths 0 the plain chain. The paper's strengths span four orders of magnitude, since its losses
-    have no common scale; here they are shares of the clean estimate's uncertainty.
+    have no common scale; here they are shares of the clean estimate's uncertainty. The clean estimate is moved and the noise
+    estimate stays, as TFG writes the method; the authors' code moves both, which is another profile along the run.
 
     Cost: `recurrence` times: a decode and a reward forwards and backwards, the network backwards, and `iterations` more decodes
     and rewards forwards and backwards.
@@ -28,6 +29,7 @@ class UniversalGuidance(Guided):
         recurrence: k, times that each step is taken; 2 to 10 in the paper.
         normaliser: see `Guidance`.
         highest, lowest: the noise levels ``t = sigma / (alpha + sigma)`` that are guided. every: only each so many steps.
+        beta1, beta2: of ``normaliser="adam"``.
 
     Raises:
         DiffsteerError: a value out of its range.

@@ -28,7 +28,10 @@ _NOT_HERE = {
     "deterministic": (False, "a ComfyUI batch is run as it comes"),
     "device": (None, "ComfyUI chooses devices itself"),
     "guide.name": ("none", "in a graph put the node Gradient guidance in the place of CFGGuider"),
-    "schedule.name": ("none", "in a graph put a node of that schedule in the place of BasicScheduler"),
+    "schedule.name": (
+        "none",
+        "in a graph put the node of that schedule, if it is not one that is measured, in the place of BasicScheduler",
+    ),
     "sigmas": (None, "in a graph give SIGMAS"),
     "timesteps": (None, "in a graph give SIGMAS"),
     "model.dtype": ("float32", "ComfyUI chooses number formats itself"),

@@ -41,7 +41,7 @@ def test_it_is_what_python_does(command: Callable[..., Any], manifest: Callable[
         (("guide=mpgd", "sampler=none"), "methods that guide stand alone"),
         (("guide=universal",), "recurrence goes with no weighted particles"),
         (("guide=mpgd", "reward=compressibility"), "compressibility has none"),
-        (("guide=mpgd", "guide.strength=-1"), "clean=-1"),
+        (("guide=mpgd", "guide.strength=-1"), "strength=-1; it must be at least 0"),
         (("guide=",), "guide= is no option"),
         (("guide=mpgd", "guide.particles=7"), "guide.particles=7 has no effect: give sampler.particles"),
         (("guide=mpgd", "guide.eta=0"), "guide.eta=0.0 has no effect"),
@@ -62,8 +62,8 @@ def test_what_cannot_be_is_refused(command: Callable[..., Any], tmp_path: Path, 
 def test_what_was_left_out_is_counted_for_every_prompt(command: Any, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a red circle\na blue ring\na star")
     done = command("generate", "prompts=p.txt", "sampler=mpgd", "sampler.strength=1e30", "num_inference_steps=3", "out=o")
-    lines = [line for line in done.err.splitlines() if "warning" in line]
+    lines = [line for line in done.err.splitlines() if "updates were skipped" in line]
     assert done.code == 0 and len(lines) == 2, done.err
-    assert "updates were skipped" in lines[0] and "2 times more)" in lines[1]
+    assert lines[1] == lines[0] + " (so, or nearly, 2 times more)"
     counted = [json.loads(line)["skipped"] for line in (tmp_path / "o/timings.jsonl").read_text().splitlines()]
     assert len(counted) == 3 and min(counted) > 0

@@ -76,6 +76,8 @@ def test_clips_follow_a_reference_and_may_be_mp4(command: Any, manifest: Any, tm
         (("prompt=a ring", "reference=clip.gif", "reward.mask=true", "out=p"), "mask=True"),
         (("prompt=a ring", "reference=clip.gif", "video=avi", "out=p"), "valid: gif, mp4"),
         (("prompt=a ring", "reference=clip.gif", "reward=clip", "out=p"), "reference= has no effect"),
+        (("prompt=a ring", "reference=", "out=p"), "reference= is empty"),
+        (("prompt=a ring", "reference=clip.gif", "reward.reference=clip.gif", "out=p"), "two references"),
         (("prompt=a ring", "reference_share=0.5", "out=p"), "reference_share=0.5 wants a reference="),
     ):
         refused = command(*asked, *wrong)

@@ -92,7 +92,7 @@ def test_one_that_is_measured_is_measured_once_and_kept(
         (("schedule=aYs",), "did you mean 'ays'?"),
         (("schedule=ays", "schedule.table=sd3"), "table='sd3' is unknown; valid: sd15, sdxl, svd"),
         (("schedule=ays", "schedule.rho=3"), "'schedule.rho'"),
-        (("schedule=karras", "sampler=none"), "take BestOfN(1, eta=0)"),
+        (("schedule=karras", "sampler=none"), "is the plain chain"),
         (("schedule=karras", "transition=native"), "leave the schedule out"),
         (("schedule=karras", "sigmas=[3,2]"), "give one of sigmas and schedule"),
         (("sigmas=[2,3]",), "sigmas must fall from step to step"),

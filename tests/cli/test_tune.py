@@ -10,13 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from diffsteer import SteeredPipeline, load_pipeline
+from diffsteer.media import save
 from diffsteer.ranges import Range, ranges_of
 from diffsteer.rewards import ClipScore
 from diffsteer.samplers import MPGD, TFG, FeynmanKac
+from diffsteer.shapes.clips import render_clip, sample_clip
 from diffsteer.shapes.models import WEIGHTS
 from diffsteer.tuned import warnings_of
 from diffsteer.tuning import DONE, FAILED, PLAIN, PRUNED, Measured, Trial, best_of, search
@@ -165,6 +168,7 @@ WRONG = {
     "a judge who takes part": ([RANGE, "tune.holdout=clip"], ["tune.holdout=clip", "steers"]),
     "a prompt that the checker cannot read": ([RANGE, "tune.holdout=checker", "prompt=red red"], ["cannot read", "red red"]),
     "a name that is taken": ([RANGE, "tune.name=mpgd"], ["tune.name=mpgd"]),
+    "a name of a file that ships": ([RANGE, "tune.name=motion"], ["tune.name=motion"]),
     "a name that is a path": ([RANGE, "tune.name=../x"], ["tune.name=../x"]),
 }
 
@@ -306,3 +310,11 @@ def test_another_judge_of_the_same_name_is_other_settings(tune: Callable[..., An
     (tmp_path / "judge" / "more.txt").write_text("other weights")
     again = tune(*judge)
     assert again.code == 2 and "other settings" in again.err and again.err.count("\n") == 1
+
+
+def test_a_judge_with_the_same_reference_takes_part(command: Callable[..., Any], tmp_path: Path) -> None:
+    save(render_clip(sample_clip("colors", np.random.default_rng(4))), tmp_path / "clip.gif")
+    asked = ("tune", "model=shapes-motion", "prompt=a ring", "reward=motion_consistency", "reference=clip.gif", "sampler=mpgd")
+    judge = "tune.holdout={name: motion_consistency, reference: clip.gif}"
+    refused = command(*asked, "tune.parameters.strength=0.1..1", judge, "out=o")
+    assert refused.code == 2 and "is the reward that steers" in refused.err, refused.err

@@ -10,6 +10,7 @@ from core.test_backend import PROMPTS, embeddings, open_session, with_scheduler
 from torch import Tensor
 
 from diffsteer import SteeredPipeline, UnsupportedError
+from diffsteer.backend import DiffusersSession
 from diffsteer.guidance import Guidance
 from diffsteer.guided import GuidedWalk, pieces
 from diffsteer.reward import FunctionReward
@@ -128,3 +129,20 @@ def test_a_class_that_enters_by_a_step_pays_for_each_piece() -> None:
     out = drawn([""], num_inference_steps=4, seed=0)
     assert out.ledger.counts == drawn.estimate(1, 4).counts
     assert out.ledger.evaluations == 2 * (4 + 4)
+
+
+@pytest.mark.parametrize(
+    ("guide", "through"), [(Guidance(clean=0.0, network=0.2, every=2, lowest=0.5), True), (Guidance(), False)]
+)
+def test_a_graph_is_built_at_guided_steps_alone(toy_pipeline: Any, guide: Guidance, through: bool) -> None:
+    seen: list[bool] = []
+    hook = toy_pipeline.unet.register_forward_pre_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    try:
+        steered = SteeredPipeline(toy_pipeline, BestOfN(1), lambda x, prompts: x.mean((1, 2, 3)), guide=guide)
+        out = steered(["a star"], num_inference_steps=6, seed=0)
+    finally:
+        hook.remove()
+    session = DiffusersSession(toy_pipeline, ["a star"], particles=1, seed=0, num_inference_steps=6)
+    guided = [guide.guides(k, session.levels[k]) for k in range(6)]
+    assert any(guided) and not all(guided) and bool(out.ledger.backwards) == through
+    assert seen == [g and through for g in guided]

@@ -295,7 +295,7 @@ def walk_on(model: CallableModel, schedule: Any, steps: int | None = None, **cal
         (lambda: walk_on(MODELS["vp"], FLAT, sigmas=[2.0, 1.0]), "give one of sigmas and schedule, not both"),
         (lambda: walk_on(MODELS["vp"], None, timesteps=[1000, 1]), "timesteps lie in [0, 999]"),
         (lambda: walk_on(MODELS["flow"], None, sigmas=[2.0, 1.0]), "sigmas of a flow lie in (0, 1]"),
-        (lambda: SteeredPipeline(MODELS["vp"], schedule=FLAT), "take BestOfN(1, eta=0)"),
+        (lambda: SteeredPipeline(MODELS["vp"], schedule=FLAT), "is the plain chain"),
         (lambda: SteeredPipeline(MODELS["vp"], BestOfN(2), transition="native", schedule=FLAT), "leave the schedule out"),
         (lambda: AYS("sd3"), "table='sd3' is unknown; valid: sd15, sdxl, svd"),
         (lambda: Given((1.0,), "logs"), "kind='logs' is unknown"),

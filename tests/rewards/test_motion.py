@@ -201,25 +201,30 @@ def test_guidance_by_motion_raises_its_reward_and_costs_what_it_declares(
 
 
 def test_features_of_the_network_are_a_batch_of_their_own(pipe: Any) -> None:
-    """A row's guidance does not depend on the others; and with checkpointing it is the same."""
+    """A row's guidance does not depend on the others; and with checkpointing, which runs layers again, it is the same."""
     reward = MotionConsistency(clip_of((2.0, 0.0)), features="network", variant="softmax")
     steered = SteeredPipeline(pipe, BestOfN(1), reward, guide=Guidance(clean=0.0, network=0.3, lowest=0.0))
     both = steered([PROMPT, "a blue ring"], ids=[3, 4], **SHORT)
     one = steered(["a blue ring"], ids=[4], **SHORT)
     torch.testing.assert_close(both.latents[1], one.latents[0], rtol=1e-3, atol=1e-3)
-    pipe.unet.enable_gradient_checkpointing()
-    pipe.unet.train()  # diffusers checkpoints in training alone; nothing here has dropout
+    runs = []
+    hook = pipe.unet.up_blocks[0].resnets[0].register_forward_pre_hook(lambda *_: runs.append(torch.is_grad_enabled()))
     try:
+        steered(["a blue ring"], ids=[4], **SHORT)
+        usual = len(runs)
+        pipe.unet.enable_gradient_checkpointing()
         again = steered(["a blue ring"], ids=[4], **SHORT)
     finally:
         pipe.unet.disable_gradient_checkpointing()
-        pipe.unet.eval()
+        hook.remove()
+    assert len(runs) - usual == usual + again.ledger.backwards, "each pass back ran the layer once more"
     torch.testing.assert_close(again.latents, one.latents, rtol=1e-3, atol=1e-3)
 
 
-def test_features_pull_towards_the_reference(pipe: Any) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_features_pull_towards_the_reference(pipe: Any, variant: str) -> None:
     """The guided direction is that in which the reward of the features rises: finite differences through the network."""
-    reward = MotionConsistency(clip_of((2.0, 0.0)), features="network", variant="softmax")
+    reward = MotionConsistency(clip_of((2.0, 0.0)), features="network", variant=variant)
     session = DiffusersSession(pipe, [PROMPT], particles=1, seed=0, num_inference_steps=4)
     walk, k = GuidedWalk(session, Guidance(clean=0.0, network=0.3), reward, [PROMPT]), 1
     x = session.segment(session.noise(), 0, k).x
@@ -279,6 +284,10 @@ def test_particles_select_by_motion(pipe: Any) -> None:
     assert torch.equal(without.latents, SteeredPipeline(pipe, sampler, reward)([PROMPT], **SHORT).latents)
 
 
+def wrongly(**values: Any) -> MotionConsistency:
+    return MotionConsistency(**values)
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -292,6 +301,15 @@ def test_particles_select_by_motion(pipe: Any) -> None:
         (lambda: MotionConsistency(clip_of((2.0, 0.0)), mask=torch.zeros(1, 3, 8, 8)), "black all over"),
         (lambda: MotionConsistency(clip_of((0.0, 0.0)), mask="moving"), "nothing moves in the reference"),
         (lambda: MotionConsistency(features="network", blocks=()), "wants blocks"),
+        (lambda: MotionConsistency(features="network", blocks=3), "blocks=3; wanted names of modules"),
+        (lambda: MotionConsistency(features="network", blocks=None), "blocks=None; wanted names of modules"),
+        (lambda: MotionConsistency(blocks="mid_block"), "no effect with features=pixels"),
+        (lambda: wrongly(temperature="a"), "temperature='a' is no number"),
+        (lambda: MotionConsistency(temperature=0.5), "no effect with variant=shift"),
+        (lambda: wrongly(side=2.5), "side=2.5 is no whole number"),
+        (lambda: MotionConsistency(clip_of((2.0, 0.0)), mask=None), "mask=None; valid"),
+        (lambda: MotionConsistency(clip_of((2.0, 0.0)) * 255), "a clip lies in"),
+        (lambda: MotionConsistency([np.zeros((8, 8, 3))] * 4), "PIL images, not ndarray"),
         (lambda: MotionConsistency(3), "a clip is a file"),
         (lambda: MotionCoherence(side=0), "at least 1"),
         (lambda: ReferenceNoise(torch.zeros(2, 3, 8, 8), share=2), "share=2"),

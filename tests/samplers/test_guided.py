@@ -206,7 +206,7 @@ class Flat(Reward):
         (lambda: run(DPS(), reward=lambda x, p: 1 + x[:, 0].square()), "wants minus a squared distance"),
         (lambda: run(MPGD(), reward=Flat() + position), "and flat has none"),
         (lambda: run(FreeDoM()), "normaliser=cfg wants a pipeline under classifier-free guidance"),
-        (lambda: MPGD(strength=-1.0), "mpgd: guidance: clean=-1"),
+        (lambda: MPGD(strength=-1.0), "mpgd: strength=-1; it must be at least 0"),
         (lambda: DPS(particles=0), "dps: particles=0"),
         (lambda: SteeredPipeline(model("vp"), MPGD()), "selects by a reward"),
     ],
