@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from diffsteer.registry import registered
 from diffsteer.shapes.models import MODELS
@@ -19,6 +19,11 @@ def samplers() -> Iterator[str]:
         kind = "exact as particles grow" if cls.exact else "a heuristic"
         yield f"{name:16} {kind}; {'needs gradients' if cls.needs_grad else 'no gradients'}; {cls.source}"
         yield from _parameters(cls)
+    for file in sorted((Path(__file__).parent / "configs" / "sampler").glob("*.yaml")):
+        config = OmegaConf.load(file)
+        if isinstance(config, DictConfig) and config.get("name") not in (None, "none", file.stem):
+            told = ", ".join(f"{key}={value}" for key, value in config.items() if key not in ("defaults", "name"))
+            yield f"{file.stem:16} {config['name']!s} with {told}"
     yield f"{'none':16} the pipeline as it is, scored at the end"
 
 
