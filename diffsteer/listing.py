@@ -22,8 +22,8 @@ def samplers() -> Iterator[str]:
     for file in sorted((Path(__file__).parent / "configs" / "sampler").glob("*.yaml")):
         config = OmegaConf.load(file)
         if isinstance(config, DictConfig) and config.get("name") not in (None, "none", file.stem):
-            told = ", ".join(f"{key}={value}" for key, value in config.items() if key not in ("defaults", "name"))
-            yield f"{file.stem:16} {config['name']!s} with {told}"
+            told = ", ".join(f"{key!s}={value}" for key, value in config.items() if key not in ("defaults", "name"))
+            yield f"{file.stem:16} {str(config.get('name'))} with {told}"
     yield f"{'none':16} the pipeline as it is, scored at the end"
 
 
