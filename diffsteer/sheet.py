@@ -37,7 +37,10 @@ def sheet(rows: Sequence[Sequence[Path]], captions: Sequence[str], target: Path)
 
 def first_frame(path: Path) -> Image.Image:
     """Of a clip, or the picture itself, RGB."""
-    return read_clip(path)[0] if path.suffix == ".mp4" else Image.open(path).convert("RGB")
+    if path.suffix == ".mp4":
+        return read_clip(path)[0]
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
 
 
 def _wrapped(text: str, width: float, length: Callable[[str], float], lines: int = 3) -> str:
