@@ -242,7 +242,7 @@ def test_gradients_pass_through_a_checkpoint(server: Server, path: str) -> None:
     }
     settings: dict[str, Any] = {"normaliser": "uncertainty", "schedule": "constant", "iterations": 1}
     settings |= {"highest": 1.0, "lowest": 0.0, "every": 2, "chunk": 0, "prompt": "a red circle"}
-    settings |= {"clean": 0.0, "network": 0.0, path: 0.5}
+    settings |= {"clean": 0.0, "network": 0.0, "beta1": 0.9, "beta2": 0.999, path: 0.5}
     guider["class_type"] = "DiffsteerGuider"
     guider["inputs"] |= {"reward": ["107", 0], "vae": ["100", 2], **settings}
     guided = latents_of(server, api)
