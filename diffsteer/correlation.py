@@ -68,7 +68,7 @@ def displacement(cosines: Tensor, side: tuple[int, int], temperature: float) -> 
     return softmax(cosines, side, temperature) @ places - places
 
 
-def shifts(features: Tensor, pairs: Pairs, mask: Tensor | None = None, floor: float = 0.02) -> Tensor:
+def cross_correlations(features: Tensor, pairs: Pairs, mask: Tensor | None = None, floor: float = 0.02) -> Tensor:
     """How much of what changes in one frame is found in another at each distance, wherever it is: features (N, F, C, h, w) ->
     cross-correlations (N, M, 2 h, 2 w), at most 1, the distance 0 first. Of one thing that moves they have one peak, at how
     far it went: where it is does not count, and its look hardly.
@@ -93,7 +93,7 @@ BY_PLACE: dict[str, Callable[[Tensor, tuple[int, int], float], Tensor]] = {
     "softmax": softmax,
     "displacement": displacement,
 }
-VARIANTS = (*BY_PLACE, "shift")
+VARIANTS = (*BY_PLACE, "cross_correlation")
 
 
 def inconsistency(
@@ -109,14 +109,14 @@ def inconsistency(
 
     Args:
         features: (N, F, C, h, w). reference: (1 or N, F, C', h, w); another number of channels is allowed.
-        mask: (F, h', w') in [0, 1], which places of the first frame of a pair count; for "shift", which places of the
-            reference; at the size of the pooled features.
+        mask: (F, h', w') in [0, 1], at the size of the pooled features: which places of the first frame of a pair count; for
+            "cross_correlation", which places of the reference.
 
-    Cost: ``M (h' w')^2`` cosines a clip; for "shift" fast Fourier transforms of ``(2 h', 2 w')``.
+    Cost: ``M (h' w')^2`` cosines a clip; for "cross_correlation" fast Fourier transforms of ``(2 h', 2 w')``.
     """
     found, wanted = pooled(features, side), pooled(reference, side).to(features)
-    if variant == "shift":
-        return (shifts(found, pairs) - shifts(wanted, pairs, mask)).square().sum((2, 3)).mean(1)
+    if variant == "cross_correlation":
+        return (cross_correlations(found, pairs) - cross_correlations(wanted, pairs, mask)).square().sum((2, 3)).mean(1)
     size, read = (found.shape[-2], found.shape[-1]), BY_PLACE[variant]
     differences = read(correlations(found, pairs), size, temperature) - read(correlations(wanted, pairs), size, temperature)
     each = differences.square().flatten(3).sum(-1) if variant != "full" else differences.square().mean(-1)  # (N, M, p)

@@ -36,9 +36,9 @@ class MotionConsistency(Reward):
     Args:
         reference: a clip: a file (GIF, MP4), a folder of pictures, or frames, (F, 3, H, W) in [0, 1] or PIL images. On the
             command line ``reference=`` sets it. It is brought to the number of frames and the size of what is scored.
-        variant: "shift" compares how far things went, wherever they are; the others go place by place, so that things have to
-            be where they are in the reference: "full" compares the correlations, "softmax" where each place went,
-            "displacement" how far it went.
+        variant: "cross_correlation" compares how far things went, wherever they are; the others go place by place, so that
+            things have to be where they are in the reference: "full" compares the correlations, "softmax" where each place
+            went, "displacement" how far it went.
         pairs: of frames: consecutive, first (with every later one), both, all.
         temperature: of softmax and displacement.
         side: correlations are taken between at most side x side places.
@@ -51,7 +51,7 @@ class MotionConsistency(Reward):
     """
 
     reference: Any = None
-    variant: str = setting("shift", choices=VARIANTS)
+    variant: str = setting("cross_correlation", choices=VARIANTS)
     pairs: str = setting("both", choices=PAIRS)
     temperature: float = setting(TEMPERATURE, low=0)
     side: int = setting(16, low=2)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffsteer import SteeredPipeline, load_pipeline
 from diffsteer.backend import DiffusersSession
-from diffsteer.correlation import VARIANTS, correlations, inconsistency, moving_mask, pairs_of, pooled, shifts
+from diffsteer.correlation import VARIANTS, correlations, cross_correlations, inconsistency, moving_mask, pairs_of, pooled
 from diffsteer.guidance import Guidance
 from diffsteer.guided import GuidedWalk
 from diffsteer.media import as_clip
@@ -58,9 +58,9 @@ def test_correlations_are_cosines_and_pairs_are_pairs() -> None:
     assert torch.allclose(pooled(x, 4).mean((1, 3, 4)), torch.zeros(2, 3), atol=1e-6)
 
 
-def test_shifts_are_sums_of_products_at_a_distance() -> None:
+def test_cross_correlations_are_sums_of_products_at_a_distance() -> None:
     x, pairs = torch.randn(2, 3, 4, 5, 6, generator=torch.Generator().manual_seed(0)), pairs_of(3, "all")
-    found = shifts(x, pairs, floor=0.0)
+    found = cross_correlations(x, pairs, floor=0.0)
     moving = x - x.mean(1, keepdim=True)
     for m, (i, j) in enumerate(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)):
         a, b = moving[1, i], moving[1, j]
@@ -75,17 +75,19 @@ def test_shifts_are_sums_of_products_at_a_distance() -> None:
     assert float(found.abs().max()) <= 1
 
 
-def test_shifts_know_how_far_a_thing_went_and_neither_where_nor_of_what_colour_it_is() -> None:
-    ways = shifts(clip_of((3.0, -2.0))[None], pairs_of(8, "first"), floor=0.0)[0, -1]  # over 7 frames, in pixels
+def test_cross_correlations_know_how_far_a_thing_went_and_neither_where_nor_of_what_colour_it_is() -> None:
+    ways = cross_correlations(clip_of((3.0, -2.0))[None], pairs_of(8, "first"), floor=0.0)[0, -1]  # over 7 frames, in pixels
     peak = int(ways.argmax())
     down, right = peak // 128, peak % 128
     assert abs((right + 64) % 128 - 64 - 21) <= 1 and abs((down + 64) % 128 - 64 + 14) <= 1
     reference, elsewhere = clip_of((2.0, 0.0)), clip_of((2.0, 0.0), "blue", x=24.0, y=44.0)
     others = torch.stack([elsewhere, clip_of((-2.0, 0.0)), clip_of((0.0, 0.0)), torch.full((8, 3, 64, 64), 0.5)])
-    by_shift, by_place = (MotionConsistency(reference, variant=v).score(others, [PROMPT] * 4, CTX) for v in ("shift", "full"))
-    assert float(by_shift[0]) > 1e-3 * float(by_shift[1:].max())  # all are below 0
+    by_distance, by_place = (
+        MotionConsistency(reference, variant=v).score(others, [PROMPT] * 4, CTX) for v in ("cross_correlation", "full")
+    )
+    assert float(by_distance[0]) > 1e-3 * float(by_distance[1:].max())  # all are below 0
     assert float(by_place[0]) < float(by_place[1:].max())
-    assert by_shift[2] == by_shift[3]  # what stands still moves as little as a blank
+    assert by_distance[2] == by_distance[3]  # what stands still moves as little as a blank
 
 
 def test_a_mask_takes_motions_out_of_the_reference() -> None:
@@ -94,7 +96,7 @@ def test_a_mask_takes_motions_out_of_the_reference() -> None:
     both = torch.cat([left[..., :32], right[..., 32:]], -1)
     mask = torch.zeros(1, 3, 64, 64)
     mask[..., :32] = 1
-    reward = MotionConsistency(both, variant="shift", mask=mask)
+    reward = MotionConsistency(both, variant="cross_correlation", mask=mask)
     scores = reward.score(torch.stack([left, right]), [PROMPT] * 2, CTX)
     assert float(scores[0]) > 0.01 * float(scores[1])
 
@@ -305,7 +307,7 @@ def wrongly(**values: Any) -> MotionConsistency:
         (lambda: MotionConsistency(features="network", blocks=None), "blocks=None; wanted names of modules"),
         (lambda: MotionConsistency(blocks="mid_block"), "no effect with features=pixels"),
         (lambda: wrongly(temperature="a"), "temperature='a' is no number"),
-        (lambda: MotionConsistency(temperature=0.5), "no effect with variant=shift"),
+        (lambda: MotionConsistency(temperature=0.5), "no effect with variant=cross_correlation"),
         (lambda: wrongly(side=2.5), "side=2.5 is no whole number"),
         (lambda: MotionConsistency(clip_of((2.0, 0.0)), mask=None), "mask=None; valid"),
         (lambda: MotionConsistency(clip_of((2.0, 0.0)) * 255), "a clip lies in"),
