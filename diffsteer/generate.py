@@ -274,9 +274,6 @@ def schedule_of(config: DictConfig, pipe: Any, prompts: list[Any], out: Path, se
     call = {k: v for k, v in call.items() if k not in ("sigmas", "timesteps")}
     if config.negative_prompt is not None:
         call["negative_prompt"] = config.negative_prompt
-    if hasattr(named, "measured") and not (out / "schedule.json").exists():
-        count = min(named.prompts, len(set(map(str, prompts))))
-        print(f"schedule {named.name}: measured first, on {count} prompt{'s' * (count > 1)}", flush=True)
     return settled(named, pipe, prompts, config.num_inference_steps, out / "schedule.json", settings_hash, **call)
 
 

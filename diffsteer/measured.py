@@ -97,7 +97,10 @@ def settled(
                 return Given(**told) if "values" in told else Profile(**told)
         except (ValueError, TypeError, KeyError, DiffsteerError) as error:
             raise DiffsteerError(f"{path.name} holds no schedule ({error}): delete it to measure anew") from error
-    made: Any = schedule.measured(pipe, list(dict.fromkeys(prompts)), steps, **call)
+    distinct = list(dict.fromkeys(prompts))
+    count = min(schedule.prompts, len(distinct))
+    print(f"schedule {schedule.name}: measured first, on {count} prompt{'s' * (count > 1)}", flush=True)
+    made: Any = schedule.measured(pipe, distinct, steps, **call)
     kept = {"values": made.values} if isinstance(made, Given) else {"times": made.times, "masses": made.masses}
     part = path.with_suffix(".part")
     part.write_text(json.dumps({"settings": settings_hash, **kept}))

@@ -113,9 +113,9 @@ def test_what_cannot_be_is_refused(command: Callable[..., Any], tmp_path: Path, 
     assert not (tmp_path / "here" / "images").exists()
 
 
-def test_a_kept_schedule_is_of_the_same_settings(tmp_path: Path) -> None:
+def test_a_kept_schedule_is_of_the_same_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Counted:
-        name, count = "counted", 0
+        name, count, prompts = "counted", 0, 8
 
         def measured(self, pipe: Any, prompts: Any, steps: int | None, **call: Any) -> Given:
             self.count += 1
@@ -124,6 +124,7 @@ def test_a_kept_schedule_is_of_the_same_settings(tmp_path: Path) -> None:
     schedule, path = Counted(), tmp_path / "schedule.json"
     found = [settled(schedule, None, ["a"], None, path, settings) for settings in ("one", "one", "other", "other", "one")]
     assert [s.values[1] for s in found if isinstance(s, Given)] == [1.0, 1.0, 2.0, 2.0, 3.0]
+    assert capsys.readouterr().out.count("schedule counted: measured first, on 1 prompt\n") == 3
 
 
 def test_it_is_measured_as_it_is_walked(command: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
