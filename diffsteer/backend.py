@@ -34,6 +34,7 @@ from diffsteer.pipes import (
     refuse_caches,
     refuse_counted,
     refuse_graph,
+    skipped_steps,
     tiny_decoder_of,
 )
 from diffsteer.scheduler import install
@@ -106,6 +107,7 @@ class DiffusersSession(ClipSession):
         self.shadow = copy.copy(pipe)
         asked = call | {"negative_prompt": negative_prompt}
         self._control = SegmentControl(self, self.shadow, is_guided(pipe, asked))
+        self.per_step = (1 + is_guided(pipe, asked)) * len(self.experts)
         self.shadow.scheduler = install(pipe.scheduler, self._control)
         self.shadow._progress_bar_config = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
         if hasattr(pipe, "encode_prompt"):
@@ -118,6 +120,7 @@ class DiffusersSession(ClipSession):
         self._outputs: list[Tensor] = []
         self.interrupted = self._stopped = False  # by a user's callback
         self._probe()
+        self.further = skipped_steps(pipe, self.steps, call) * len(self.experts)
 
     def _default(self, name: str) -> Any:
         return self._parameters[name].default if name in self._parameters else None
@@ -286,6 +289,7 @@ class DiffusersSession(ClipSession):
         shown, call = x.repeat_interleave(count, 0), self._arguments(rows)
         control = self._control
         control.start, control.stop, control.rows, control.x, control.x0 = start, stop, rows, x, x
+        control.eta = None if control.native else self.eta
         asked, control.shifted = (None, None) if self.shifted is None else self.shifted.of(list(rows))
         self._watch.asked = None if asked is None else asked.repeat_interleave(count)
         # at the beginning of a walk the pipeline draws the very states that would be let in
@@ -326,7 +330,7 @@ class DiffusersSession(ClipSession):
         with frozen(self._modules):
             return super().gradient(*args, **kwargs)
 
-    def trajectory(self, x: Tensor, start: int = 0, stop: int | None = None, rows: Sequence[int] | None = None) -> Tensor:
+    def trajectory(self, *args: Any, **kwargs: Any) -> Tensor:
         """As in `Session`.
 
         Raises:
@@ -337,7 +341,7 @@ class DiffusersSession(ClipSession):
             raise UnsupportedError(
                 f"{name} remembers its last steps, which get no gradient: take one that does not, or eta > 0"
             )
-        return super().trajectory(x, start, stop, rows)
+        return super().trajectory(*args, **kwargs)
 
     def _stream(self, row: int) -> torch.Generator:
         """From this a pipeline draws what it draws itself for a row, the same in every call. Our transition draws by key."""

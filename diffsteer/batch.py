@@ -132,7 +132,8 @@ class Folder:
             if item is None and name in [i.name for i in self.items]:
                 raise DiffsteerError(f"{manifest} has {entry['image']} for the id {entry['id']!r}; choose another out=")
             images = [entry["image"], *(p["image"] for p in entry.get("particles", []))]
-            if all((self.path / image).is_file() for image in images):
+            stopped = entry.get("search", {}).get("stopped") == "interrupted"  # before its budget was spent: it is done again
+            if not stopped and all((self.path / image).is_file() for image in images):
                 self.entries[entry["id"]] = entry
 
     @property
@@ -161,7 +162,13 @@ class Folder:
             }
             exponent = finite(out.trace.events[-1].exponent[p]) if out.trace.events else None
             entry |= {"log_z": finite(out.log_z[p]), "exponent": exponent}
-            entry |= {"ledger": counts, "settings": self.settings_hash}
+            mine = counts
+            if out.trace.searches:  # each prompt its own
+                found = out.trace.searches[p]
+                entry["search"] = found.facts()
+                spent = {"evaluations": found.spent.evals, "decodes": found.spent.decodes}
+                mine = counts | spent | {"reward_calls": found.spent.reward_calls}
+            entry |= {"ledger": mine, "settings": self.settings_hash}
             if output == "all" and len(images) == len(items) * per:
                 names = [f"{stem}_{k:02d}{suffix}" for k in range(per)]
                 for k, name in enumerate(names):
@@ -222,6 +229,8 @@ def generate(
         else:
             out = steered([items[0].prompt], generator=rng.generator(seed, items[0].id), **call)
         folder.add(items, out, seed, steered.output)
+        if any(found.stopped == "interrupted" for found in out.trace.searches):
+            raise KeyboardInterrupt
         if done is not None:
             done(len(items))
     folder.finish()

@@ -7,10 +7,11 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from hydra.core.config_store import ConfigStore
@@ -24,8 +25,8 @@ from diffsteer.fingerprint import exists, fingerprints
 from diffsteer.registry import find, nearest, registered
 from diffsteer.types import DiffsteerError
 
-VERBATIM = ("prompt", "negative_prompt")
-OPEN = ("call", "tune.parameters")  # mappings that take any key
+VERBATIM = ("prompt", "negative_prompt", "reward.text")
+OPEN = ("call", "tune.parameters", "draft.call")  # mappings that take any key
 GROUPS = ("sampler", "reward")  # of the registry, that can be configured
 # Keys that do not change what a prompt's result is. `chunk` does in a deterministic run, where every block has that size.
 _WITHOUT_EFFECT = ("prompt", "prompts", "out", "batch")
@@ -40,6 +41,31 @@ class ModelConfig:
     revision: str | None = None
     variant: str | None = None
     dtype: str = "float32"
+
+
+@dataclass
+class BudgetConfig:
+    """What a search may spend, see `diffsteer.budget.Budget`."""
+
+    evals: int | None = None
+    seconds: float | None = None
+    reward_calls: int | None = None
+    decodes: int | None = None
+
+
+@dataclass
+class DraftConfig:
+    """What a search runs on, see `diffsteer.draft.Draft`. `use` is true or false; None is the search's own way. `model` is
+    named as that of ``model=``, `reward` by its name or as a mapping."""
+
+    use: bool | None = None
+    steps: int | None = None
+    share: float | None = None
+    decoder: str | None = None
+    reward: Any = None
+    model: str | None = None
+    call: dict[str, Any] = field(default_factory=dict)
+    finalists: int = 4
 
 
 @dataclass
@@ -61,6 +87,7 @@ class Config:
         call: further arguments of the pipeline's call, such as call.height=512.
         device: None for the accelerator if there is one.
         guide: gradient guidance beside a sampler that selects, one of the samplers that guide.
+        budget: what a search may spend. draft: what it runs on before the best few are made in full.
         schedule: where to put the steps, in the place of the model's own grid; or in numbers, `sigmas` or `timesteps`.
     """
 
@@ -90,6 +117,8 @@ class Config:
     deterministic: bool = False
     call: dict[str, Any] = field(default_factory=dict)
     device: str | None = None
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    draft: DraftConfig = field(default_factory=DraftConfig)
 
 
 @dataclass
@@ -133,7 +162,8 @@ def schema(cls: type[Any], name: str) -> type[Any]:
                 plain = list(default) if isinstance(default, tuple) else default
                 fields.append((f.name, Any, field(default_factory=partial(copy.deepcopy, plain))))
             else:
-                fields.append((f.name, hints[f.name], field(default=default)))
+                listed = any(get_origin(part) is Sequence for part in (hints[f.name], *get_args(hints[f.name])))
+                fields.append((f.name, Any if listed else hints[f.name], field(default=default)))
     return dataclasses.make_dataclass(cls.__name__, fields)
 
 
@@ -184,7 +214,18 @@ def build(kind: str, config: DictConfig) -> Any:
         for key in ("particles", "eta"):
             if values[key] != getattr(cls, key):
                 raise DiffsteerError(f"guide.{key}={values[key]} has no effect: give sampler.{key}")
+    for f in dataclasses.fields(cls):
+        if f.metadata.get("samplers"):  # samplers within a sampler
+            values[f.name] = [build("sampler", _mapping(v, f"{kind}.{f.name}")) for v in values[f.name]]
     return cls(**{str(k): tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _mapping(value: Any, where: str) -> DictConfig:
+    """A sampler within a sampler, by its name or as a mapping."""
+    made = OmegaConf.create({"name": value} if isinstance(value, str) else value)
+    if not isinstance(made, DictConfig):
+        raise DiffsteerError(f"{where}: {value!r} is no sampler; wanted {{name: zero_order, ...}}")
+    return made
 
 
 def settings(config: DictConfig, **more: Any) -> tuple[dict[str, Any], str]:
@@ -227,6 +268,8 @@ def for_hydra(argv: list[str]) -> list[str]:
             rewritten.append(f"{key}={quoted(value)}")
         elif equals and key in ("model", "sampler", "reward", "guide", "schedule") and value in ("", "null"):
             raise DiffsteerError(f"{key}={value} is no option{nearest(value, _options(key))}")
+        elif equals and key == "reward" and "(" in value:  # a program
+            rewritten += ["reward=program", f"reward.text={quoted(value)}"]
         elif equals and key == "model" and _is_path(value, argv):
             rewritten += ["model=path", f"model.path={quoted(value)}"]
         elif equals and (key == "prompts" and _names_a_file(value) or not _parses(arg)):

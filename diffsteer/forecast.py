@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from diffsteer.algebra import NO_SIGNAL, Level
@@ -12,11 +13,14 @@ from diffsteer.blocks import Blocks
 from diffsteer.callable import CallableModel
 from diffsteer.classifier_free import PULLS
 from diffsteer.grids import explicit
+from diffsteer.ground import Costs
 from diffsteer.guidance import Guidance
 from diffsteer.guided import pieces
 from diffsteer.ledger import Ledger
 from diffsteer.run import timing_of
 from diffsteer.schedules import Given
+from diffsteer.search_run import forecast_search
+from diffsteer.trial import Search, Single
 from diffsteer.types import Sampler, UnsupportedError
 
 if TYPE_CHECKING:
@@ -52,6 +56,8 @@ def forecast(
         if family.entry == "step" and steered.sampler is not None:
             cut = steered.deterministic or (size is not None and size < prompts * steered.sampler.particles)
             facts |= {"entered": len(steered.sampler.schedule(steps)) if cut else 0, "enters": True}
+    if isinstance(steered.sampler, Search):
+        return _of_search(steered, prompts, num_inference_steps, steps, levels, guided, facts, rehearse, call)
     decoded = steered.decoder != "none" if not isinstance(steered.pipe, CallableModel) else steered.pipe.decode is not None
     said = estimate(
         steered.sampler,
@@ -80,6 +86,55 @@ def forecast(
         said.seconds["total"] = sum(said.seconds.values())
         said.peak_memory = tried.peak_memory
     return said
+
+
+def _of_search(
+    steered: SteeredPipeline,
+    prompts: int,
+    asked: int | None,
+    steps: int,
+    levels: list[Level],
+    guided: bool,
+    facts: dict[str, Any],
+    rehearse: str | None,
+    call: dict[str, Any],
+) -> Ledger:
+    """Of a search: it is played on made-up rewards, and with `rehearse` one plain chain is run for the seconds."""
+    assert isinstance(steered.sampler, Search)
+    toy = isinstance(steered.pipe, CallableModel)
+    if isinstance(steered.pipe, CallableModel):
+        levels = steered.pipe.grid(steps, steered.schedule)[1]
+        decoded = steered.pipe.decode is not None
+    else:
+        decoded = steered.decoder != "none"
+    experts, begun = len(steered.experts), getattr(steered.start, "evaluations", 0)
+    further = 0 if toy else int(facts.get("further", 0)) * experts
+    costs = Costs((1 + guided) * experts, further, begun, decoded)
+    drafts = None
+    if steered.draft is not None and steered.draft.shorter:
+        model, length = steered.draft.model, steered.draft.length(None if steered.draft.model is not None else steps)
+        each = costs
+        if model is not None and not isinstance(model, CallableModel):
+            from diffsteer.pipes import is_guided
+            from diffsteer.segments import grid_of
+            from diffsteer.shapes.models import recommended
+
+            known = recommended(model) | dict(steered.draft.call)
+            each = replace(costs, per_step=(1 + is_guided(model, known)) * experts)
+            length = grid_of(model, length or known.get("num_inference_steps"), known, 0.0, None, True)[0]
+        drafts = (length or 50, each)
+    said = forecast_search(steered.sampler, steered.budget, steered.draft, steps, levels, costs, drafts)
+    counts = {name: count * prompts for name, count in said.counts.items()}
+    total = Ledger(**counts)
+    if rehearse is not None:
+        alone = copy.copy(steered)
+        alone.sampler, alone.draft, alone.budget = Single(), None, None
+        tried = alone([rehearse], num_inference_steps=asked, seed=0, **call).ledger
+        for stage, count in (("denoiser", "evaluations"), ("decode", "decodes"), ("reward", "reward_calls")):
+            if tried.counts[count]:
+                total.seconds[stage] = tried.seconds[stage] / tried.counts[count] * total.counts[count]
+        total.seconds["total"], total.peak_memory = sum(total.seconds.values()), tried.peak_memory
+    return total
 
 
 def estimate(

@@ -20,20 +20,22 @@ from diffsteer.algebra import NOISES
 from diffsteer.batch import GRID, MANIFEST, Folder, Item, as_items, generate, read_items
 from diffsteer.blocks import check_size
 from diffsteer.config import Config, as_yaml, build, settings
+from diffsteer.draft import draft_of
 from diffsteer.families import family_of
-from diffsteer.grids import check_schedule, explicit
+from diffsteer.found import Progress
+from diffsteer.grids import check_schedule
 from diffsteer.guidance import guidance_of
-from diffsteer.measured import settled
-from diffsteer.media import as_clip, check_video
-from diffsteer.pipeline import TRANSITIONS, SteeredPipeline, check_effect, load_pipeline
+from diffsteer.media import check_video
+from diffsteer.pipeline import TRANSITIONS, check_effect, load_pipeline
 from diffsteer.registry import find, nearest
 from diffsteer.reward import Reward
 from diffsteer.run import OUTPUTS
-from diffsteer.schedules import Schedule
+from diffsteer.search_run import check_search
 from diffsteer.selection import check_inputs
 from diffsteer.shapes.models import MODELS, digest, is_embedded
 from diffsteer.sheet import first_frame, sheet
-from diffsteer.start import NoiseTransform, ReferenceNoise
+from diffsteer.told import budget_of, call_of, draft_told, given_call, rewarded, schedule_of, steered_of
+from diffsteer.trial import Search
 from diffsteer.types import Context, DiffsteerError, Info, Sampler
 
 # What runs without a prompt: one caption a task of the shapes world.
@@ -75,6 +77,7 @@ def generate_folder(config: DictConfig, out: Path, shown: str) -> None:
     reward, start = rewarded(config)
     guide = build("guide", config.guide)
     guidance_of(guide, sampler)
+    budget, draft = _search_of(config, sampler, reward, guide)
     check_schedule(build("schedule", config.schedule), sampler is not None, config.transition)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     own = {"weights": digest(config.model.path)} if config.model.path in MODELS else {}
@@ -91,54 +94,20 @@ def generate_folder(config: DictConfig, out: Path, shown: str) -> None:
     todo = sum(len(f.missing) for f, _ in runs.values())
     kept = len(items) - len(folder.missing)
     pipe = load(config, device) if todo else None
+    draft = draft_told(config, device) if todo and config.draft.model is not None else draft
     if pipe is not None and reward is not None:  # a prompt that cannot be scored is refused before any other is done
         reward.prepare([item.prompt for item in folder.missing], Context(embedded=is_embedded(pipe)))
     schedule = None if pipe is None else schedule_of(config, pipe, [i.prompt for i in items], out, digested)
     for f, method in runs.values():
         steers = method is sampler  # the other of a demonstration is plain
-        _fill(f, config, pipe, method, reward, guide if steers else None, start if steers else None, schedule)
+        objects: dict[str, Any] = {"guide": guide, "start": start, "budget": budget, "draft": draft} if steers else {}
+        _fill(f, config, pipe, method, reward, schedule=schedule, **objects)
     if demo:
         _show_demo({name: f for name, (f, _) in runs.items()})
     before = f"; {kept} of them were there already" if kept else ""
     kind = Path(folder.entries[items[0].id]["image"]).parts[0].removesuffix("s")
     sheets = f", {GRID}" if kind != "sound" else ""
     print(f"{len(items)} {kind}{'s' * (len(items) > 1)}{sheets} and {MANIFEST} in {shown}{before}")
-
-
-def told_reward(config: DictConfig) -> DictConfig:
-    """The reward that a configuration names, the reference put into it.
-
-    Raises:
-        DiffsteerError: a reference that nothing would read, or two of them.
-    """
-    told: DictConfig = config.reward.copy()
-    if config.reference is not None:
-        if not config.reference.strip():
-            raise DiffsteerError("reference= is empty: give a clip, a GIF, an MP4 or a folder of frames")
-        takes = "reference" in {f.name for f in fields(find("reward", str(told.get("name"))))}
-        if told.get("reference") is not None:
-            raise DiffsteerError("reference= and reward.reference= are two references: give one of them")
-        if takes:
-            told.reference = config.reference
-        if not takes and config.reference_share == 0:
-            raise DiffsteerError(f"reference= has no effect: the reward {told.get('name')} has none, and reference_share is 0")
-    elif config.reference_share != 0:
-        raise DiffsteerError(f"reference_share={config.reference_share:g} wants a reference=, a clip")
-    return told
-
-
-def rewarded(config: DictConfig) -> tuple[Reward | None, NoiseTransform | None]:
-    """That reward itself, and what the reference does to the first noise.
-
-    Raises:
-        DiffsteerError: what `told_reward` and `build` refuse.
-    """
-    if OmegaConf.is_missing(config, "reward"):
-        return None, None
-    reward = build("reward", told_reward(config))
-    if config.reference is None or config.reference_share == 0:
-        return reward, None
-    return reward, ReferenceNoise(as_clip(config.reference), config.reference_share)
 
 
 def check(config: DictConfig, prompted: bool = False) -> bool:
@@ -248,45 +217,24 @@ def load(config: DictConfig, device: str) -> Any:
     return pipe.to(device, getattr(torch, config.model.dtype))
 
 
-def steered_of(config: DictConfig, pipe: Any, sampler: Sampler | None, reward: Any, **objects: Any) -> SteeredPipeline:
-    """The pipeline object that a configuration describes; `objects`: guide, start and schedule, which it names."""
-    names = ("output", "decoder", "transition", "noise", "chunk", "deterministic")
-    return SteeredPipeline(pipe, sampler, reward, **objects, **{name: config[name] for name in names})
+def _search_of(config: DictConfig, sampler: Any, reward: Reward | None, guide: Any) -> tuple[Any, Any]:
+    """The budget and the drafts of a search.
+
+    Raises:
+        DiffsteerError: one of them beside a sampler that is no search; what the search refuses.
+    """
+    budget, draft = budget_of(config), draft_told(config)
+    if isinstance(sampler, Search):
+        check_search(sampler, reward, guide)
+        draft_of(draft, sampler)
+    elif budget is not None or draft is not None:
+        raise DiffsteerError(
+            f"{'budget' if budget else 'draft'}. has no effect: sampler={config.sampler.get('name')} is no search"
+        )
+    return budget, draft
 
 
-def given_call(config: DictConfig) -> dict[str, Any]:
-    """The arguments of the pipeline's call that stand under ``call``."""
-    return OmegaConf.to_container(config.call, resolve=True)  # type: ignore[return-value]
-
-
-def call_of(config: DictConfig) -> dict[str, Any]:
-    """All arguments of the pipeline's call, those that have keys of their own included."""
-    scale = {} if config.guidance_scale is None else {"guidance_scale": config.guidance_scale}
-    grids = {name: list(config[name]) for name in ("sigmas", "timesteps") if config[name] is not None}
-    return given_call(config) | scale | grids
-
-
-def schedule_of(config: DictConfig, pipe: Any, prompts: list[Any], out: Path, settings_hash: str) -> Schedule | None:
-    """The schedule that a configuration names, measured if it is one of those, which is kept in the folder."""
-    call = call_of(config)
-    named = build("schedule", config.schedule)
-    explicit(pipe, named, call, True, config.transition)  # which refuses several grids at once
-    call = {k: v for k, v in call.items() if k not in ("sigmas", "timesteps")}
-    if config.negative_prompt is not None:
-        call["negative_prompt"] = config.negative_prompt
-    return settled(named, pipe, prompts, config.num_inference_steps, out / "schedule.json", settings_hash, **call)
-
-
-def _fill(
-    folder: Folder,
-    config: DictConfig,
-    pipe: Any,
-    sampler: Sampler | None,
-    reward: Any,
-    guide: Sampler | None,
-    start: NoiseTransform | None = None,
-    schedule: Schedule | None = None,
-) -> None:
+def _fill(folder: Folder, config: DictConfig, pipe: Any, sampler: Sampler | None, reward: Any, **objects: Any) -> None:
     """One folder: the estimate, then the work with a progress bar."""
     from diffsteer.pipes import check_call
 
@@ -295,7 +243,7 @@ def _fill(
         return
     made = family_of(pipe)
     check_inputs(True, reward, makes=made.makes if made else "")
-    steered = steered_of(config, pipe, sampler, reward, guide=guide, start=start, schedule=schedule)
+    steered = steered_of(config, pipe, sampler, reward, **objects)
     prompts, particles = len(folder.missing), sampler.particles if sampler else 1
     check_call(pipe, given_call(config))
     call = call_of(config)
@@ -303,12 +251,19 @@ def _fill(
     tiny = f" and {cost.tiny_decodes} tiny ones" if cost.tiny_decodes else ""
     back = f", {cost.backwards} of them backwards" if cost.backwards else ""
     what = f"{cost.evaluations} evaluations{back}, {cost.decodes} decodes{tiny}, {cost.reward_calls} reward calls"
-    name = "pipeline" if sampler is None else f"{sampler.name} with {particles} particle{'s' * (particles > 1)}"
-    print(f"{prompts} prompt{'s' * (prompts > 1)}, {name}: {what}", flush=True)
-    events = prompts if hasattr(sampler, "guidance") else (cost.decodes + cost.tiny_decodes) // particles
-    with tqdm(total=events, unit="event", disable=None) as bar:
+    searches = isinstance(sampler, Search)
+    several = f" with {particles} particle{'s' * (particles > 1)}" if not searches else ""
+    name = "pipeline" if sampler is None else sampler.name + several
+    about = "about " * (searches and config.budget.seconds is not None)
+    print(f"{prompts} prompt{'s' * (prompts > 1)}, {name}: {about}{what}", flush=True)
+    events = None if searches else prompts if hasattr(sampler, "guidance") else (cost.decodes + cost.tiny_decodes) // particles
+    with tqdm(total=cost.evaluations if searches else events, unit="evaluation" if searches else "event", disable=None) as bar:
 
-        def watch(info: Info) -> None:
+        def watch(info: Info | Progress) -> None:
+            if isinstance(info, Progress):
+                bar.set_postfix(reward=f"{sum(info.best) / len(info.best):.3g}")
+                bar.update(info.evaluations - bar.n)
+                return
             best = info.rewards.nan_to_num(nan=-math.inf).max(1).values.mean()
             bar.set_postfix(reward=f"{float(best):.3g}", ess=f"{float(info.ess.mean()):.1f}/{particles}")
             bar.update(len(info.ess))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,19 +11,23 @@ from torch import Tensor
 
 from diffsteer import rng
 from diffsteer.blocks import Size, check_size
+from diffsteer.budget import Budget
 from diffsteer.callable import CallableModel, CallableSession
 from diffsteer.control import check_noise
+from diffsteer.draft import Draft, draft_of
 from diffsteer.forecast import forecast
 from diffsteer.grids import check_schedule, explicit
 from diffsteer.guidance import guidance_of
 from diffsteer.ledger import Ledger
 from diffsteer.loading import load_pipeline as load_pipeline
-from diffsteer.reward import Reward, RewardFunction, as_reward, check_gradient, prepare
+from diffsteer.plain import run_plain
+from diffsteer.reward import Reward, RewardFunction, as_reward, check_gradient
 from diffsteer.run import OUTPUTS, SteeredOutput, run
 from diffsteer.schedules import Given, Schedule, as_schedule
-from diffsteer.selection import Scorer, check_inputs
+from diffsteer.search_run import check_search, run_search
 from diffsteer.start import NoiseTransform
-from diffsteer.types import Context, DiffsteerError, Info, Sampler, Trace, UnsupportedError, check_numbers
+from diffsteer.trial import Search
+from diffsteer.types import DiffsteerError, Info, Sampler, check_numbers
 
 if TYPE_CHECKING:
     from diffsteer.session import Session
@@ -68,6 +70,8 @@ class SteeredPipeline:
         guide: gradient guidance on the way, a `Guidance` or a method that has one (`MPGD()`), beside a sampler that selects.
             Weighted particles keep their target: their weights know what was moved.
         start: what is done to the first noise, such as `diffsteer.start.ReferenceNoise`.
+        budget: what a search may spend; without one it spends what its own parameters say.
+        draft: of a search: what it runs on before the best few are made in full; None is the search's own default, False none.
         schedule: where to put the steps, of `diffsteer.schedules` or falling ratios sigma / alpha, in the place of the
             pipeline's own grid. All steps are then diffsteer's transition, with eta = 0 too (first order).
     """
@@ -89,6 +93,8 @@ class SteeredPipeline:
         guide: Any = None,
         start: NoiseTransform | None = None,
         schedule: Schedule | Sequence[float] | None = None,
+        budget: Budget | None = None,
+        draft: Draft | bool | None = None,
     ) -> None:
         check_noise(noise)
         if transition not in TRANSITIONS:
@@ -102,7 +108,7 @@ class SteeredPipeline:
             refuse_tiny(pipe)
         if output not in OUTPUTS:
             raise DiffsteerError(f"output={output!r} is unknown; valid: {', '.join(OUTPUTS)}")
-        if sampler is not None and (isinstance(sampler, type) or not isinstance(sampler, Sampler)):
+        if sampler is not None and (isinstance(sampler, type) or not isinstance(sampler, Sampler | Search)):
             raise DiffsteerError(f"sampler is an object, such as FeynmanKac(4), or None, not {sampler!r}")
         latent = decoder == "none" or (isinstance(pipe, CallableModel) and pipe.decode is None)
         seen = "latents" if latent else "pixels"
@@ -114,6 +120,11 @@ class SteeredPipeline:
         check_schedule(self.schedule, sampler is not None, transition)
         self.transition, self.noise = transition, noise
         self.guide, self.start = guidance_of(guide, sampler), start
+        self.budget, self.draft = budget, None
+        if isinstance(sampler, Search):
+            self.reward, self.draft = check_search(sampler, self.reward, self.guide), draft_of(draft, sampler)
+        elif budget is not None or draft:
+            raise DiffsteerError(f"{'budget' if budget else 'draft'}= has no effect: the sampler is no search")
         if start is not None and sampler is None:
             raise DiffsteerError(
                 "what begins from other noise (start=, reference_share=) wants a sampler, whose noise is keyed: "
@@ -179,7 +190,7 @@ class SteeredPipeline:
         options: dict[str, Any] = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
         if self.sampler is None:
             stream = torch.Generator("cpu").manual_seed(key) if generator is None else generator
-            return self._plain(prompts, asked, stream, negative_prompt, latents, options | call)
+            return run_plain(self, prompts, asked, stream, negative_prompt, latents, options | call)
         keys: dict[str, Any] = {
             "particles": self.sampler.particles,
             "seed": key,
@@ -192,6 +203,9 @@ class SteeredPipeline:
             "schedule": schedule,
             "own": self.own_transition(),
         }
+        if isinstance(self.sampler, Search):
+            told = {"negative_prompt": negative_prompt, "call": call}
+            return self._searched(prompts, asked, keys, options, told, latents, watch)
         if isinstance(self.pipe, CallableModel):
             if call or negative_prompt is not None or latents is not None:
                 extra = [
@@ -238,72 +252,56 @@ class SteeredPipeline:
         """
         return forecast(self, prompts, num_inference_steps, rehearse, call)
 
+    def _searched(
+        self,
+        prompts: list[Any],
+        asked: list[str],
+        keys: dict[str, Any],
+        options: dict[str, Any],
+        told: dict[str, Any],
+        latents: Tensor | None,
+        watch: Callable[..., None] | None,
+    ) -> SteeredOutput:
+        """A search, over sessions of its own."""
+        assert isinstance(self.sampler, Search) and self.reward is not None
+        if latents is not None:
+            raise DiffsteerError(f"{self.sampler.name} searches for the first noise itself: leave latents= out")
+
+        def make(
+            steps: int | None = None,
+            decoder: str | None = None,
+            model: Any = None,
+            call: Mapping[str, Any] | None = None,
+            ledger: Ledger | None = None,
+        ) -> Session:
+            pipe = self.pipe if model is None else model
+            mine = keys | {"ledger": ledger} | ({} if model is None else {"own": keys["own"] and self.sampler.cuts})
+            length = {} if steps is None and model is not None else options if steps is None else {"num_inference_steps": steps}
+            if isinstance(pipe, CallableModel):
+                if told["call"] or told["negative_prompt"] is not None:
+                    raise DiffsteerError(f"a CallableModel takes no argument {[*told['call'], 'negative_prompt'][0]!r}")
+                return CallableSession(pipe, prompts, **length, **mine)
+            from diffsteer.backend import DiffusersSession
+
+            arguments = told if model is None else {"call": dict(call or {})}
+            options_of = {"decoder": decoder or self.decoder, "transition": self.transition, "start": self.start}
+            return DiffusersSession(pipe, prompts, **options_of, **arguments, **length, **mine)
+
+        to_images = None
+        if not isinstance(self.pipe, CallableModel):
+            from diffsteer.pipes import as_images
+
+            to_images = partial(as_images, self.pipe)
+        found = (self.sampler, self.reward, self.budget, self.draft, asked, self.output, self.choice)
+        return run_search(make, *found, to_images=to_images, watch=watch)
+
     def own_transition(self) -> bool:
         """Is the transition ours at eta = 0, too? A method with levels of its own wants single steps, and solvers that cannot
-        be cut have none."""
+        be cut have none; a search that goes on from states on the way wants one that remembers nothing."""
+        if isinstance(self.sampler, Search):
+            return self.sampler.cuts and self.transition == "own"
         if not hasattr(self.sampler, "timing") or isinstance(self.pipe, CallableModel):
             return False
         from diffsteer.levels import cut_state
 
         return self.transition == "own" and cut_state(self.pipe.scheduler) is None
-
-    def _plain(
-        self,
-        prompts: list[Any],
-        asked: list[str],
-        generator: torch.Generator | Sequence[torch.Generator],
-        negative_prompt: Any,
-        latents: Tensor | None,
-        call: dict[str, Any],
-    ) -> SteeredOutput:
-        """The user's own pipeline, scheduler and generator; only counted, and scored at the end."""
-        if isinstance(self.pipe, CallableModel):
-            raise UnsupportedError("a CallableModel has no sampler of its own; BestOfN(particles=1, eta=0) is the plain ODE")
-        from diffsteer.hooks import Watch, watching
-        from diffsteer.pipes import as_images, asked_of, check_call, check_pipeline, decoder_of, denoisers_of, is_guided
-        from diffsteer.scheduler import install
-        from diffsteer.segments import Record
-        from diffsteer.shapes.models import is_embedded, recommended
-
-        family = check_pipeline(self.pipe)
-        check_call(self.pipe, call)
-        ledger, started = Ledger().open(), time.perf_counter()
-        embedded = is_embedded(self.pipe)
-        check_inputs(self.decoder != "none", self.reward, self.choice, makes=family.makes)
-        for reward in (self.reward, self.choice):
-            if reward is not None:
-                prepare(reward, asked, Context(embedded=embedded))
-        shadow = copy.copy(self.pipe)
-        call = recommended(self.pipe) | call
-        asking = asked_of(self.pipe, prompts)
-        if negative_prompt is not None:
-            asking["negative_prompt"] = (
-                [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
-            )
-        if latents is not None:
-            asking["latents"] = latents
-        record = Record(family.doubled and is_guided(self.pipe, call | {"negative_prompt": negative_prompt}))
-        shadow.scheduler = install(self.pipe.scheduler, record)
-        with watching(Watch(ledger), *denoisers_of(self.pipe)):
-            own = shadow(**asking, generator=generator, **call, **({"output_type": "latent"} if family.returns_states else {}))
-        x = own[0] if family.returns_states else record.x
-        decode = decoder_of(self.pipe, **call) if self.decoder != "none" else None
-        scorer = Scorer(self.reward, decode, asked, ledger, embedded)
-        samples = scorer.decode(x)
-        steps = record.steps
-        rewards = scorer.score(samples, steps, steps)
-        ledger.seconds["total"] = time.perf_counter() - started
-        ledger.close()
-        flat = torch.zeros(len(prompts), 1, dtype=torch.float64)
-        return SteeredOutput(
-            prompts=prompts,
-            samples=samples[:, None],
-            latents=x[:, None],
-            rewards=rewards,
-            log_weights=flat,
-            log_z=flat[:, 0],
-            chosen=flat[:, 0].long(),
-            images=as_images(self.pipe, samples) if self.decoder != "none" else None,
-            trace=Trace(),
-            ledger=ledger,
-        )

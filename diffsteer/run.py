@@ -78,6 +78,7 @@ class SteeredOutput:
                 }
                 for e in self.trace.events
             ],
+            "searches": [found.facts() for found in self.trace.searches],
             "ledger": self.ledger.as_dict(),
         }
         (folder / "run.json").write_text(json.dumps(record, indent=1, allow_nan=False))

@@ -99,7 +99,7 @@ class Scorer:
             return torch.zeros(real, dtype=torch.float64)
         each = count // len(self.prompts)
         with self.ledger.timed("reward"), torch.no_grad():
-            scores = _score(reward, samples, [self.prompts[i // each] for i in rows], Context(done, steps, self.embedded))
+            scores = checked(reward, samples, [self.prompts[i // each] for i in rows], Context(done, steps, self.embedded))
         self.ledger.reward_calls += real
         return scores[:real].cpu().double()
 
@@ -162,7 +162,12 @@ def choose(output: str, rewards: Tensor, log_weights: Tensor, seed: int, ids: Se
     return rewards.nan_to_num(nan=float("-inf")).masked_fill(lost, float("-inf")).argmax(1)
 
 
-def _score(reward: Reward, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
+def checked(reward: Reward, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
+    """What a reward says of samples, (N,).
+
+    Raises:
+        RewardError: it raised, or returned no (N,) numbers, or +inf.
+    """
     try:
         scores = torch.as_tensor(reward.rate(samples, prompts, ctx))
     except DiffsteerError:

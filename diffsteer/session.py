@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +65,7 @@ class Session(ABC):
     remembers: bool = False  # its solver knows of each row's last steps
     size: tuple[int, int] = (0, 0)  # of what is decoded, height and width
     shifted: Shifted | None = None  # those levels, in the next segment, which is one step
+    per_step, further = 1, 0  # evaluations of a row's step; and of its whole chain beside those of the steps
     pulls: Tensor | None = None  # rms of what classifier-free guidance changed in a row's last noise estimate, (P * K,)
 
     def __init__(
@@ -80,6 +81,7 @@ class Session(ABC):
         noise: str = "eta",
         schedule: Schedule | None = None,
         own: bool = False,
+        ledger: Ledger | None = None,
     ) -> None:
         check_noise(noise)
         self.noise_kind, self.schedule, self.own = noise, schedule, own
@@ -93,7 +95,9 @@ class Session(ABC):
             for prompt in self.prompts:
                 if isinstance(prompt, str) or len(prompt) != len(self.experts):
                     raise DiffsteerError(f"{len(self.experts)} experts want as many texts a prompt, not {prompt!r}")
-        self.ledger = Ledger().open()
+        self.per_step = len(self.experts)
+        self.injected: dict[int, Tensor] = {}  # by row: the noise of all its transitions, (T, *shape)
+        self.ledger = ledger or Ledger().open()
 
     @property
     def rows(self) -> int:
@@ -121,8 +125,26 @@ class Session(ABC):
     def noise(self, rows: Sequence[int] | None = None) -> Tensor:
         """Keyed first states of the given rows (default: all), (N, *shape), at the level the chain starts from."""
         keys = [self.key(r) for r in (range(self.rows) if rows is None else rows)]
-        noise = rng.normal(self.seed, keys, 0, self.purpose, self.shape)
-        return self._scale_noise(noise if self.start is None else self.start(noise, self))
+        return self.scaled(self.transformed(rng.normal(self.seed, keys, 0, self.purpose, self.shape), rows))
+
+    def transformed(self, noise: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+        """Unit noise of rows, (N, *shape), as they are to start from."""
+        rows = list(range(self.rows) if rows is None else rows)
+        return noise if self.start is None else self.start(noise, self, rows)
+
+    def scaled(self, noise: Tensor) -> Tensor:
+        """Unit noise (N, *shape) as first states. Differentiable."""
+        return self._scale_noise(noise)
+
+    @contextmanager
+    def noisy(self, eta: float | None) -> Iterator[None]:
+        """Inside, the transition adds another amount of noise; None leaves it. Where the transition is diffsteer's."""
+        before = self.eta
+        self.eta = before if eta is None else eta
+        try:
+            yield
+        finally:
+            self.eta = before
 
     def encoded(self, frames: Tensor) -> Tensor:
         """A clip (F, 3, H, W) in [0, 1] as clean latents (1, *shape).
@@ -152,7 +174,10 @@ class Session(ABC):
     def step_noise(self, rows: Sequence[int], index: int) -> Tensor:
         """The keyed noise of one transition, (N, *shape)."""
         purpose = f"step {self.visit}" if self.visit else "step"
-        return rng.normal(self.seed, [self.key(r) for r in rows], index, purpose, self.shape)
+        drawn = rng.normal(self.seed, [self.key(r) for r in rows], index, purpose, self.shape)
+        if not self.injected:
+            return drawn
+        return torch.stack([self.injected[r][index] if r in self.injected else z for r, z in zip(rows, drawn, strict=True)])
 
     def segment(self, x: Tensor, start: int, stop: int, rows: Sequence[int] | None = None, graph: bool = False) -> Arrival:
         """Carry states from grid index `start` to `stop`.
@@ -218,11 +243,21 @@ class Session(ABC):
         reached = Arrival(torch.cat([a.x for a in arrivals]), torch.cat([a.x0 for a in arrivals]))
         return torch.cat([g for g, _ in parts]), reached
 
-    def trajectory(self, x: Tensor, start: int = 0, stop: int | None = None, rows: Sequence[int] | None = None) -> Tensor:
+    def trajectory(
+        self,
+        x: Tensor,
+        start: int = 0,
+        stop: int | None = None,
+        rows: Sequence[int] | None = None,
+        checkpoints: bool = True,
+    ) -> Tensor:
         """Carry states as `segment` does, differentiably from end to end: (N, *shape) -> (N, *shape).
 
         Every step is a checkpoint of its own: memory is that of one step and of all states, and every step is taken twice.
+        Without `checkpoints` everything is kept, and taken once.
         """
+        if not checkpoints:
+            return self.segment(x, start, self.steps if stop is None else stop, rows, graph=True).x
         for k in range(start, self.steps if stop is None else stop):
 
             def one_step(y: Tensor, k: int = k) -> Tensor:

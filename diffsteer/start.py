@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,9 +15,10 @@ from diffsteer.types import DiffsteerError, UnsupportedError, check_numbers, set
 
 
 class NoiseTransform(Protocol):
-    """From the keyed standard normal noise of some rows, (N, *shape), to the noise that the session starts from."""
+    """From the keyed standard normal noise of some rows, (N, *shape), to the noise that the session starts from. `rows` are
+    their numbers, whose texts `session.texts_of(rows)` tells."""
 
-    def __call__(self, noise: Tensor, session: Any) -> Tensor: ...
+    def __call__(self, noise: Tensor, session: Any, rows: Sequence[int]) -> Tensor: ...
 
 
 @dataclass(eq=False)
@@ -51,7 +53,7 @@ class ReferenceNoise:
                 raise DiffsteerError(f"reference noise: {name}={getattr(self, name):g}; it lies in [0, 1]")
         self._latents: Tensor | None = None
 
-    def __call__(self, noise: Tensor, session: Any) -> Tensor:
+    def __call__(self, noise: Tensor, session: Any, rows: Sequence[int] = ()) -> Tensor:
         """(N, C, F, h, w) -> the same."""
         if self.share == 0:
             return noise

@@ -19,18 +19,7 @@ from diffsteer import __version__
 from diffsteer.batch import MANIFEST, Item, finite
 from diffsteer.config import build, schema, settings
 from diffsteer.fingerprint import fingerprints
-from diffsteer.generate import (
-    call_of,
-    check,
-    given_call,
-    items_of,
-    load,
-    rewarded,
-    schedule_of,
-    snapshot,
-    steered_of,
-    told_reward,
-)
+from diffsteer.generate import check, items_of, load, snapshot
 from diffsteer.grids import check_schedule
 from diffsteer.guidance import guidance_of
 from diffsteer.ledger import Ledger
@@ -41,6 +30,8 @@ from diffsteer.reward import Reward, prepare
 from diffsteer.run import SteeredOutput
 from diffsteer.selection import Scorer
 from diffsteer.shapes.models import MODELS, digest, is_embedded
+from diffsteer.told import call_of, given_call, rewarded, schedule_of, steered_of, told_reward
+from diffsteer.trial import Search
 from diffsteer.tuned import Record, in_columns, report, table, warnings_of, write, write_sampler
 from diffsteer.tuning import PLAIN, Measured, Trial, best_of, load_optuna, search
 from diffsteer.types import Context, DiffsteerError, Sampler
@@ -68,6 +59,8 @@ def tune_folder(config: DictConfig, out: Path, shown: str) -> None:
     sampler = build("sampler", plain.sampler)
     if sampler is None:
         raise DiffsteerError(f"sampler=none has nothing to tune{nearest('', registered('sampler'))}")
+    if isinstance(sampler, Search):
+        raise DiffsteerError(f"sampler={sampler.name} is a search itself, which tune does not tune: compare settings with -m")
     ranges = ranges_of(type(sampler), told.parameters, told.log)
     name = told.name or f"{sampler.name}_tuned"
     _check_name(name)

@@ -149,10 +149,11 @@ class Context:
 @dataclass(frozen=True)
 class Trace:
     """The record of a run: one `Info` an event, in order; of time-shift also a `diffsteer.timing.Shift` a step that it
-    looked at."""
+    looked at; of a search a `diffsteer.found.Found` a prompt, and no events."""
 
     events: tuple[Info, ...] = field(default=())
     shifts: tuple[Any, ...] = field(default=())
+    searches: tuple[Any, ...] = field(default=())
 
     @property
     def ancestors(self) -> list[Tensor]:

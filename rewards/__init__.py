@@ -8,5 +8,6 @@ from diffsteer.rewards.clip_score import ClipScore
 from diffsteer.rewards.compressibility import Compressibility
 from diffsteer.rewards.motion_coherence import MotionCoherence
 from diffsteer.rewards.motion_consistency import MotionConsistency
+from diffsteer.rewards.program import Program
 
-__all__ = ["Aesthetic", "ClipScore", "Compressibility", "MotionCoherence", "MotionConsistency"]
+__all__ = ["Aesthetic", "ClipScore", "Compressibility", "MotionCoherence", "MotionConsistency", "Program"]

@@ -17,6 +17,9 @@
     python scripts/train_shapes.py clips --work DIR     render and encode moving scenes     (10 min)
     python scripts/train_shapes.py motion --work DIR    the motion module on the frozen painter (1 h on one core)
     python scripts/train_shapes.py export_motion --work DIR   and into diffsteer/shapes/weights
+    python scripts/train_shapes.py chains --work DIR    chains of the first model, to be learnt in four steps (1 h on one core)
+    python scripts/train_shapes.py turbo --work DIR     the few-step model, on those        (30 min on one core)
+    python scripts/train_shapes.py export_turbo --work DIR    and into diffsteer/shapes/weights
     python scripts/train_shapes.py export --work DIR    fp16 safetensors into diffsteer/shapes/weights
 
 Every stage keeps a checkpoint in DIR and goes on from it when it is started again; batches are keyed by the step, so an
@@ -40,6 +43,7 @@ from shapes_motion import stage_clips, stage_export_motion, stage_motion
 from shapes_networks import SCHEDULE, Painter, make_vae
 from shapes_pixels import stage_export_pixels, stage_judge, stage_pixels
 from shapes_training import pixels, tokenize, train
+from shapes_turbo import stage_chains, stage_export_turbo, stage_turbo
 from torch import Tensor, nn
 
 from diffsteer.shapes.grammar import TASKS
@@ -220,6 +224,9 @@ STAGES = {
         stage_clips,
         stage_motion,
         stage_export_motion,
+        stage_chains,
+        stage_turbo,
+        stage_export_turbo,
     )
 }
 

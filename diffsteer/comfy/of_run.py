@@ -11,6 +11,7 @@ from diffsteer.comfy import fields
 from diffsteer.comfy.graph import Graph, Made
 from diffsteer.reward import Reward
 from diffsteer.shapes.models import MODELS, recommended_for
+from diffsteer.trial import Search
 from diffsteer.types import DiffsteerError, Sampler
 
 # Of models that have a name: the file that is usually found in a ComfyUI, guidance, and the size of their pictures.
@@ -56,6 +57,8 @@ def graph_of(
     Raises:
         DiffsteerError: what a graph cannot express.
     """
+    if isinstance(sampler, Search):
+        raise DiffsteerError(f"a graph has no node for {sampler.name}: searches run chains as often as they like")
     for key, (usual, why) in _NOT_HERE.items():
         if OmegaConf.select(config, key) != usual:
             raise DiffsteerError(f"{key}={OmegaConf.select(config, key)}: {why}")

@@ -17,6 +17,7 @@ from diffsteer.comfy.steering import Record, Steering, indexed
 from diffsteer.guidance import Guidance
 from diffsteer.registry import find, registered
 from diffsteer.reward import Reward
+from diffsteer.trial import Search
 
 NOT_IN_A_GUIDER = ("recurrence", "smoothing", "draws")  # which only says what a clean estimate is
 STEPS = Input("steps", "INT", "", 20, {"min": 1, "max": 10000})
@@ -31,7 +32,8 @@ DECODED = Input("vae", "VAE", "Decodes what the reward looks at, and the result.
 
 def is_a_node(sampler: Any) -> bool:
     """Can a SAMPLER run this method? It takes no gradients, and sets no levels row by row."""
-    return not sampler.needs_grad and not hasattr(sampler, "timing")
+    searches = issubclass(sampler if isinstance(sampler, type) else type(sampler), Search)
+    return not searches and not sampler.needs_grad and not hasattr(sampler, "timing")
 
 
 def steerable() -> list[str]:

@@ -22,10 +22,13 @@ PLUGINS = sorted([*(ROOT / "samplers").glob("*.py"), *(ROOT / "rewards").glob("*
 FLOORS = [
     ["rng", "algebra", "ledger", "types"],
     ["timing"],
-    ["blocks", "media", "fingerprint"],
+    ["blocks", "media", "fingerprint", "budget", "proposals", "prior", "diversity"],
     ["start"],
     ["levels", "events", "particles", "resampling", "reward", "hooks", "decoding", "conditions"]
     + ["guidance", "classifier_free", "schedules", "grids", "lineage", "correlation"],
+    ["judging"],
+    ["trial"],
+    ["draft", "staged", "found", "ground"],
     ["families"],
     ["tiny"],
     ["pipes", "embedded"],
@@ -34,14 +37,16 @@ FLOORS = [
     ["segments"],
     ["session"],
     ["tapped", "clip_session"],
-    ["guided", "timed"],
+    ["guided", "timed", "session_ground"],
+    ["searching"],
     ["callable", "run", "backend"],
+    ["search_run", "plain"],
     ["loading", "forecast"],
     ["pipeline", "dropin", "toy"],
     ["profiles"],
     ["measured"],
     ["sheet"],
-    ["registry", "config", "batch", "listing", "generate", "cli", "__main__"] + ["ranges", "tuning", "tuned", "tune"],
+    ["registry", "config", "batch", "listing", "told", "generate", "cli", "__main__"] + ["ranges", "tuning", "tuned", "tune"],
 ]
 FACES = {"pipeline", "dropin", "cli", "generate", "batch", "config", "registry"}
 

@@ -24,6 +24,7 @@ MAKE: dict[str, Callable[[Path, Path], Reward]] = {
     "MotionConsistency": lambda clip, head: rewards.MotionConsistency(
         torch.linspace(0, 1, 4 * 3 * 24 * 24).sin().view(4, 3, 24, 24)
     ),
+    "Program": lambda clip, head: rewards.Program("all_of(brightness() > 0.9, edges() > 0.5, area(red) > 0.5)"),
 }
 
 

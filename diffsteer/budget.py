@@ -1,0 +1,134 @@
+"""What a search may spend, what it has spent, and what it must keep for the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+from diffsteer.ledger import Ledger
+from diffsteer.types import DiffsteerError, check_numbers
+
+
+class Cost(NamedTuple):
+    """Counts, as in the ledger: rows through the denoiser, samples decoded (by any decoder), samples scored."""
+
+    evals: int = 0
+    decodes: int = 0
+    reward_calls: int = 0
+
+    def plus(self, other: Cost, times: int = 1) -> Cost:
+        return Cost(*(a + times * b for a, b in zip(self, other, strict=True)))
+
+
+NOTHING = Cost()
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a search may spend; None leaves a currency free.
+
+    The counts are those of one prompt, so that no prompt's result depends on the others; the seconds are those of the whole
+    call. Without a budget a search spends what its own parameters say; with one it goes on until the budget is spent.
+
+    Args:
+        evals: rows through the denoiser (with classifier-free guidance a step is two), rows that are computed again for a
+            gradient included. The pass back is not in it: the ledger tells `backwards`, each about two evaluations' worth.
+        seconds: wall time. It is kept by predicting what is asked for next from what was measured.
+        reward_calls, decodes: samples scored and decoded.
+
+    Raises:
+        DiffsteerError: a number that is not above 0.
+    """
+
+    evals: int | None = None
+    seconds: float | None = None
+    reward_calls: int | None = None
+    decodes: int | None = None
+
+    def __post_init__(self) -> None:
+        whole = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "seconds"}
+        check_numbers("budget: ", {n: v for n, v in whole.items() if v is not None}, {"seconds": self.seconds})
+        for name, value in {**whole, "seconds": self.seconds}.items():
+            if value is not None and not value > 0:
+                raise DiffsteerError(f"budget: {name}={value}; it must be above 0")
+
+    def __bool__(self) -> bool:
+        """Is anything limited?"""
+        return any(getattr(self, f.name) is not None for f in fields(self))
+
+
+class Stopwatch:
+    """The seconds of a call, and what the next ones will take, from what the ledger has measured.
+
+    Args:
+        limit: seconds, None for no limit. now: the clock.
+    """
+
+    def __init__(self, limit: float | None, ledger: Ledger, now: Callable[[], float] = time.perf_counter) -> None:
+        self.limit, self.ledger, self.now = limit, ledger, now
+        self.began = now()
+        self.evals = self.pending = 0  # of trials that were carried out, and of those that were granted since
+        self.prompts = 1  # which share the time
+
+    @property
+    def elapsed(self) -> float:
+        return self.now() - self.began
+
+    def fits(self, cost: Cost, reserve: Cost, until: float = 1.0) -> int:
+        """How many of a cost, one after another, still fit before what is reserved, within a share of the time; one, as long as
+        nothing is measured."""
+        if self.limit is None:
+            return 2**31
+        left = until * self.limit - self.elapsed
+        if not self.evals:
+            return int(left > 0 and not self.pending)
+        each, kept = self.seconds(cost), self.prompts * self.seconds(reserve)
+        left -= kept + self.seconds(Cost(self.pending))
+        return max(0, int(left / each)) if each > 0 else 2**31
+
+    def seconds(self, cost: Cost) -> float:
+        """What a cost will take: all that has passed, shared out over the evaluations."""
+        return self.elapsed / self.evals * cost.evals if self.evals else 0.0
+
+
+class Purse:
+    """The budget of one prompt.
+
+    Attributes:
+        spent: so far. reserve: what is kept back for the end of the search, beside what the caller asks to keep.
+    """
+
+    def __init__(self, budget: Budget, watch: Stopwatch) -> None:
+        self.budget, self.watch = budget, watch
+        self.spent, self.reserve = Cost(), Cost()
+        self.slots = 0  # trials so far, each of which has randomness of its own
+        self.until = 1.0  # the share of the budget that may be spent for now
+
+    @property
+    def limited(self) -> bool:
+        return bool(self.budget)
+
+    def affords(self, cost: Cost, further: Cost = NOTHING) -> int:
+        """How many of a cost can be paid, with `further` and the reserve still paid afterwards."""
+        keep = self.reserve.plus(further)
+        counts = [self.watch.fits(cost, keep, self.until)]
+        for name, each in cost._asdict().items():
+            limit = getattr(self.budget, name)
+            if limit is not None:
+                left = int(limit * self.until) - getattr(self.spent, name) - getattr(keep, name)
+                counts.append(2**31 if not each and left >= 0 else max(0, left // each) if each else 0)
+        return min(counts)
+
+    def pay(self, cost: Cost, count: int = 1) -> None:
+        self.spent = self.spent.plus(cost, count)
+        self.watch.pending += count * cost.evals
+
+    def share(self) -> float:
+        """How much of the budget is gone, in [0, 1]; 0 without one."""
+        limits = [(getattr(self.spent, n), getattr(self.budget, n)) for n in Cost._fields]
+        gone = [a / b for a, b in limits if b is not None]
+        if self.budget.seconds is not None:
+            gone.append(self.watch.elapsed / self.budget.seconds)
+        return min(1.0, max(gone, default=0.0))

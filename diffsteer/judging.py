@@ -1,0 +1,242 @@
+"""Who tells better from worse: a number, a mean rank over several rewards, or duels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from diffsteer.reward import Reward, RewardFunction, as_reward
+from diffsteer.types import Context, DiffsteerError, RewardError
+
+if TYPE_CHECKING:
+    from diffsteer.trial import Outcome
+
+
+class Judge(Protocol):
+    """Orders outcomes."""
+
+    def order(self, outcomes: Sequence[Outcome]) -> list[int]:
+        """Positions, the best first; ties in the order given."""
+        ...
+
+    def values(self, outcomes: Sequence[Outcome]) -> Tensor:
+        """(N,) float64, higher is better; comparable among these alone."""
+        ...
+
+
+def positions(values: Tensor) -> list[int]:
+    """Where the highest, the next highest ... stand; NaN last, equals in their order."""
+    clean = values.double().nan_to_num(nan=-math.inf)
+    return sorted(range(len(clean)), key=lambda i: (-float(clean[i]), i))
+
+
+class ByReward:
+    """A reward that is a number by itself."""
+
+    def values(self, outcomes: Sequence[Outcome]) -> Tensor:
+        return torch.tensor([o.reward for o in outcomes], dtype=torch.float64)
+
+    def order(self, outcomes: Sequence[Outcome]) -> list[int]:
+        return positions(self.values(outcomes))
+
+
+class ByRank:
+    """The weighted mean rank within whatever is compared: of incumbents and newcomers together, never across pools."""
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        self.weights = list(weights)
+
+    def values(self, outcomes: Sequence[Outcome]) -> Tensor:
+        return mean_rank(torch.stack([o.scores for o in outcomes]), self.weights)
+
+    def order(self, outcomes: Sequence[Outcome]) -> list[int]:
+        return positions(self.values(outcomes))
+
+
+def ranks(scores: Tensor) -> Tensor:
+    """Ranks in [0, 1] of each column of (N, R), 1 being the highest: the share of the others that are beaten, ties half. NaN
+    is worse than everything, -inf included, and ties with NaN. One alone has 0.5."""
+    n = len(scores)
+    if n < 2:
+        return torch.full(scores.shape, 0.5, dtype=torch.float64)
+    s = scores.double()
+    nan = s.isnan()
+    s = s.masked_fill(nan, 0.0)
+    a, b, na, nb = s[:, None], s[None], nan[:, None], nan[None]
+    wins = ((a > b) & ~na & ~nb) | (~na & nb)
+    ties = ((a == b) & ~na & ~nb) | (na & nb)
+    beaten = wins.double().sum(1) + 0.5 * (ties.double().sum(1) - 1)
+    return beaten / (n - 1)
+
+
+def mean_rank(scores: Tensor, weights: Sequence[float]) -> Tensor:
+    """The weighted mean of the ranks (Ma et al., 2025, arXiv 2501.09732), (N, R) -> (N,) in [0, 1]. Any increasing change of
+    any column's scale leaves it as it is."""
+    w = torch.tensor(weights, dtype=torch.float64)
+    return (ranks(scores) * w).sum(1) / w.sum()
+
+
+class RankEnsemble(Reward):
+    """Several rewards by the mean of their ranks among what is compared: no scale of theirs matters.
+
+    A search compares incumbents with newcomers by ranking them together. Samplers that weigh particles get the mean rank within
+    each prompt's particles, in [0, 1].
+
+    Args:
+        rewards: two or more. weights: of their ranks, positive; default: all alike.
+
+    Raises:
+        DiffsteerError: fewer than two; weights that do not fit; rewards that look at different things.
+    """
+
+    def __init__(self, rewards: Sequence[Reward | RewardFunction], weights: Sequence[float] | None = None) -> None:
+        self.rewards = [as_reward(r) for r in rewards]
+        self.shares = [1.0] * len(self.rewards) if weights is None else list(weights)
+        if len(self.rewards) < 2:
+            raise DiffsteerError("an ensemble of ranks wants two rewards or more")
+        if len(self.shares) != len(self.rewards) or not all(w > 0 for w in self.shares):
+            raise DiffsteerError(f"an ensemble of {len(self.rewards)} rewards wants as many positive weights")
+        if len({r.input for r in self.rewards}) > 1:
+            raise DiffsteerError("rewards on pixels and on latents cannot be ranked together: they see different samples")
+        self.__dict__.update(
+            name="rank(" + ", ".join(r.name for r in self.rewards) + ")",
+            input=self.rewards[0].input,
+            modality="any",
+            range=(0.0, 1.0),
+            deterministic=all(r.deterministic for r in self.rewards),
+            needs_prompt=any(r.needs_prompt for r in self.rewards),
+        )
+
+    def prepare(self, prompts: Sequence[str], ctx: Context) -> None:
+        for reward in self.rewards:
+            reward.prepare(prompts, ctx)
+
+    def each(self, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
+        """All scores, (N, R)."""
+        return torch.stack([r.rate(samples, prompts, ctx).double().cpu() for r in self.rewards], 1)
+
+    def combine(self, scores: Tensor) -> Tensor:
+        """(N, R) of one pool -> (N,)."""
+        return mean_rank(scores, self.shares)
+
+    def score(self, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
+        """The mean rank of each sample among those of the same prompt, (N,)."""
+        scores, found = self.each(samples, prompts, ctx), torch.empty(len(samples))
+        for prompt in dict.fromkeys(prompts):
+            mine = [i for i, p in enumerate(prompts) if p == prompt]
+            found[mine] = self.combine(scores[mine]).float()
+        return found
+
+
+class Duel(Reward):
+    """A judge that only compares: subclasses write `compare`. A search lets it play tournaments.
+
+    Used as a plain reward it gives each sample its Elo rating within its prompt's pool, around 0.
+    """
+
+    name = "duel"
+    modality = "any"
+    needs_prompt = True
+
+    def compare(self, a: Tensor, b: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
+        """How likely each of `a` (N, ...) is better than its opponent in `b`: (N,) in [0, 1], 0.5 for a draw."""
+        raise TypeError(f"{type(self).__name__} does not define compare(a, b, prompts, ctx)")
+
+    def score(self, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
+        """Elo ratings after everybody has met everybody of the same prompt, (N,)."""
+        found = torch.zeros(len(samples))
+        for prompt in dict.fromkeys(prompts):
+            mine = [i for i, p in enumerate(prompts) if p == prompt]
+            pairs = [(i, j) for i in range(len(mine)) for j in range(i + 1, len(mine))]
+            if pairs:
+                won = both_ways(self, samples[mine], pairs, prompt, ctx)
+                found[mine] = elo(len(mine), pairs, won).float()
+        return found
+
+
+def both_ways(duel: Duel, samples: Tensor, pairs: Sequence[tuple[int, int]], prompt: Any, ctx: Context) -> Tensor:
+    """Results in [0, 1] of pairs (i, j), each met in both orders, so that a judge who likes the first one likes nobody.
+
+    Raises:
+        RewardError: results that are no probabilities.
+    """
+    i, j = (torch.tensor([p[k] for p in pairs]) for k in (0, 1))
+    texts = [prompt] * len(pairs)
+    there = torch.as_tensor(duel.compare(samples[i], samples[j], texts, ctx)).double().cpu()
+    back = torch.as_tensor(duel.compare(samples[j], samples[i], texts, ctx)).double().cpu()
+    for found in (there, back):
+        if found.shape != (len(pairs),) or bool(((found < 0) | (found > 1)).any()):
+            raise RewardError(f"{duel.name}: compare returned no {len(pairs)} numbers in [0, 1]")
+    won: Tensor = (there + 1 - back) / 2
+    return won.nan_to_num(nan=0.5)
+
+
+def elo(count: int, pairs: Sequence[tuple[int, int]], won: Tensor, k: float = 32.0, rounds: int = 30) -> Tensor:
+    """Ratings (count,) of mean 0 that explain the results: Elo's update, all results at once, repeated until it rests, so that
+    the order of the games does not matter. k is Elo's, in points; 400 points are odds of ten to one."""
+    ratings = torch.zeros(count, dtype=torch.float64)
+    i, j = (torch.tensor([p[n] for p in pairs], dtype=torch.long) for n in (0, 1))
+    games = torch.bincount(torch.cat([i, j]), minlength=count).clamp(min=1)
+    for _ in range(rounds):
+        expected = 1 / (1 + 10 ** ((ratings[j] - ratings[i]) / 400))
+        surprise = won.double() - expected
+        change = torch.zeros_like(ratings).index_add_(0, i, surprise).index_add_(0, j, -surprise)
+        ratings = ratings + k * change / games
+    return ratings - ratings.mean()
+
+
+class ByDuel:
+    """A tournament among whatever is compared; results are remembered, so that nobody meets twice.
+
+    Args:
+        play: from outcomes, and positions of pairs among them, to results (pairs,) of the first.
+    """
+
+    def __init__(self, play: Any) -> None:
+        self.play = play
+        self._results: dict[tuple[int, int], float] = {}
+
+    def values(self, outcomes: Sequence[Outcome]) -> Tensor:
+        pairs = [(i, j) for i in range(len(outcomes)) for j in range(i + 1, len(outcomes))]
+        keys = [(outcomes[i].slot, outcomes[j].slot) for i, j in pairs]
+        new = [n for n, key in enumerate(keys) if key not in self._results]
+        if new:
+            for n, result in zip(new, self.play(outcomes, [pairs[n] for n in new]).tolist(), strict=True):
+                self._results[keys[n]] = result
+                self._results[keys[n][::-1]] = 1 - result
+        if not pairs:
+            return torch.zeros(len(outcomes), dtype=torch.float64)
+        return elo(len(outcomes), pairs, torch.tensor([self._results[key] for key in keys]))
+
+    def order(self, outcomes: Sequence[Outcome]) -> list[int]:
+        return positions(self.values(outcomes))
+
+
+class UnorderedReward(Reward):
+    """A reward that answers in an order of its own (workers, web services): subclasses write `answers`."""
+
+    modality = "any"
+
+    def answers(self, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Any:
+        """Yield (row, score) for every row of samples (N, ...), in any order."""
+        raise TypeError(f"{type(self).__name__} does not define answers(samples, prompts, ctx)")
+
+    def score(self, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
+        """The answers in the order of the samples, (N,).
+
+        Raises:
+            RewardError: a row that was answered twice, or never, or that is none.
+        """
+        found: dict[int, float] = {}
+        for row, value in self.answers(samples, prompts, ctx):
+            if row in found or not 0 <= row < len(samples):
+                raise RewardError(f"{self.name}: row {row} was answered {'twice' if row in found else 'and is none'}")
+            found[row] = float(value)
+        lost = [i for i in range(len(samples)) if i not in found]
+        if lost:
+            raise RewardError(f"{self.name}: no answer for row {lost[0]}")
+        return torch.tensor([found[i] for i in range(len(samples))])

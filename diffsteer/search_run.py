@@ -1,0 +1,196 @@
+"""A search over a pipeline: its sessions, its drafts, and what comes out of it; and what it will cost."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsteer.algebra import Level
+from diffsteer.budget import Budget, Stopwatch
+from diffsteer.draft import Draft
+from diffsteer.found import Found, Progress
+from diffsteer.ground import Costs, DryGround, FunctionGround
+from diffsteer.judging import Duel, RankEnsemble
+from diffsteer.ledger import Ledger
+from diffsteer.reward import Reward, as_reward, check_gradient, prepare
+from diffsteer.run import OUTPUTS, SteeredOutput
+from diffsteer.searching import explore
+from diffsteer.selection import Scorer, check_inputs
+from diffsteer.session import Session
+from diffsteer.session_ground import SessionGround
+from diffsteer.trial import Search
+from diffsteer.types import Context, DiffsteerError, Trace
+
+
+def maximise(
+    function: Callable[[Tensor], Tensor],
+    shape: Sequence[int],
+    search: Search,
+    budget: Budget | None = None,
+    *,
+    seed: int = 0,
+    watch: Callable[[Progress], None] | None = None,
+) -> Found:
+    """Search the noise of a bare function, without a model: every call is one evaluation and one reward.
+
+    Args:
+        function: (N, *shape) -> (N,), of standard normal noise; differentiable for searches that follow gradients.
+
+    Raises:
+        DiffsteerError: a search that wants a chain of several steps.
+    """
+    return explore(search, FunctionGround(function, shape, seed), budget, watch=watch)[0]
+
+
+def check_search(search: Search, reward: Reward | None, guide: Any) -> Reward:
+    """Refuse what a search cannot do.
+
+    Raises:
+        DiffsteerError: no reward; one without a gradient, or without numbers, where the search wants them; guidance beside it.
+    """
+    if reward is None:
+        raise DiffsteerError(f"the sampler {search.name} selects by a reward: give reward=")
+    if guide is not None:
+        raise DiffsteerError(f"{search.name} goes with no gradient guidance: leave guide out, or search with reno or dno")
+    if search.needs_grad:
+        check_gradient(reward)
+    if (search.numbers or search.needs_grad) and isinstance(reward, RankEnsemble | Duel):
+        raise DiffsteerError(f"{search.name} wants a reward that is a number by itself, and {reward.name} only ranks")
+    return reward
+
+
+def run_search(
+    make: Callable[..., Session],
+    search: Search,
+    reward: Reward,
+    budget: Budget | None,
+    draft: Draft | None,
+    asked: Sequence[str],
+    output: str = "best",
+    choice: Reward | None = None,
+    to_images: Callable[[Tensor], list[Any] | None] | None = None,
+    watch: Callable[[Progress], None] | None = None,
+) -> SteeredOutput:
+    """Search for every prompt.
+
+    Args:
+        make: from options (`ledger`, and for drafts `steps`, `decoder`, `model`, `call`) to a session over the prompts.
+        choice: another reward, which chooses among what is kept.
+
+    Raises:
+        DiffsteerError: what `explore` refuses, and drafts whose noise is of another shape.
+    """
+    if output not in OUTPUTS:
+        raise DiffsteerError(f"output={output!r} is unknown; valid: {', '.join(OUTPUTS)}")
+    started = time.perf_counter()
+    session = make()
+    ledger = session.ledger
+    cheap = reward if draft is None or draft.reward is None else as_reward(draft.reward, reward.input)
+    for r in {id(r): r for r in (reward, cheap, choice) if r is not None}.values():
+        check_inputs(session.decoder is not None, r, makes=session.makes)
+        prepare(r, asked, Context(0, session.steps, session.embedded))
+    full = SessionGround(session, reward, asked)
+    ground, render = full, None
+    if draft is not None:
+        drafting = session
+        if draft.shorter or draft.decoder is not None:
+            steps = draft.length(None if draft.model is not None else session.steps)
+            drafting = make(ledger=ledger, steps=steps, decoder=draft.decoder, model=draft.model, call=draft.call)
+        if drafting.shape != session.shape:
+            raise DiffsteerError(
+                f"draft: its model starts from noise of shape {drafting.shape}, not {session.shape}: they are not aligned"
+            )
+        ground, render = SessionGround(drafting, cheap, asked, draft.decoder is not None), full
+    clock = Stopwatch(None if budget is None else budget.seconds, ledger)
+    clock.began = started
+    found = explore(
+        search,
+        ground,
+        budget,
+        render=render,
+        finalists=draft.finalists if draft else 1,
+        remake=draft is None or draft.shorter,
+        watch=watch,
+        stopwatch=clock,
+    )
+    return _output(session, full, found, ledger, asked, output, choice, to_images, started)
+
+
+def _output(
+    session: Session,
+    full: SessionGround,
+    found: Sequence[Found],
+    ledger: Ledger,
+    asked: Sequence[str],
+    output: str,
+    choice: Reward | None,
+    to_images: Callable[[Tensor], list[Any] | None] | None,
+    started: float,
+) -> SteeredOutput:
+    kept = min(len(f.outcomes) for f in found)
+    groups = len(found)
+    samples = torch.stack([o.sample for f in found for o in f.outcomes[:kept] if o.sample is not None])
+    latents = torch.stack([o.x for f in found for o in f.outcomes[:kept]])
+    rewards = torch.stack([full.judge(p).values(f.outcomes[:kept]) for p, f in enumerate(found)])
+    deciding = rewards
+    if choice is not None:
+        scorer = Scorer(choice, session.decoder, asked, ledger, session.embedded, session.cut)
+        deciding = scorer.score(samples, session.steps, session.steps)
+    chosen = deciding.nan_to_num(nan=-math.inf).argmax(1)
+    grouped = samples.view(groups, kept, *samples.shape[1:])
+    shown = samples if output == "all" else grouped[torch.arange(groups), chosen]
+    images = to_images(shown) if to_images is not None and session.decoder is not None else None
+    ledger.seconds["total"] = ledger.seconds.get("total", 0.0) + time.perf_counter() - started
+    ledger.close()
+    return SteeredOutput(
+        prompts=session.prompts,
+        samples=grouped,
+        latents=latents.view(groups, kept, *latents.shape[1:]),
+        rewards=rewards,
+        log_weights=torch.full((groups, kept), -math.log(kept), dtype=torch.float64),
+        log_z=torch.zeros(groups, dtype=torch.float64),
+        chosen=chosen,
+        images=images,
+        trace=Trace(searches=tuple(found)),
+        ledger=ledger,
+    )
+
+
+def forecast_search(
+    search: Search,
+    budget: Budget | None,
+    draft: Draft | None,
+    steps: int,
+    levels: Sequence[Level],
+    costs: Costs,
+    drafts: tuple[int, Costs] | None,
+) -> Ledger:
+    """What a search of one prompt will count: it is run without a model, on made-up rewards. Where a method's cost depends on
+    rewards (depth-first, rollover, convergence) that is an example; a limit in seconds is left aside.
+
+    Args:
+        drafts: steps and costs of a draft.
+    """
+    limits = replace(budget, seconds=None) if budget is not None else Budget()
+    full = DryGround(steps, levels, costs)
+    ground, render = full, None
+    if draft is not None:
+        ground = full if drafts is None else DryGround(drafts[0], [], drafts[1])
+        render = full
+    if budget is not None and not limits:  # seconds alone: one pass
+        limits = Budget()
+    finalists, remake = (draft.finalists, draft.shorter) if draft else (1, True)
+    found = explore(search, ground, limits, render=render, finalists=finalists, remake=remake)[0]
+    spent = found.spent
+    return Ledger(
+        evaluations=spent.evals,
+        backwards=ground.ledger.backwards,
+        decodes=spent.decodes,
+        reward_calls=spent.reward_calls,
+    )

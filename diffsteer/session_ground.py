@@ -1,0 +1,256 @@
+"""Trials over a session: rows of any prompts, carried together where they are alike, gradients among them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from diffsteer.budget import Cost
+from diffsteer.ground import Ask, Costs, Ground
+from diffsteer.judging import ByDuel, ByRank, ByReward, Duel, Judge, RankEnsemble, both_ways
+from diffsteer.reward import Reward
+from diffsteer.selection import checked
+from diffsteer.session import Session
+from diffsteer.trial import SLOTS, Outcome, Trial
+from diffsteer.types import Context, DiffsteerError, UnsupportedError
+
+
+class SessionGround(Ground):
+    """Over a session, whose rows are numbered (prompt, slot).
+
+    Args:
+        reward: what scores; with several rewards in it, ranked or duelling.
+        asked: what the reward is told, a text a prompt.
+        tiny: finished samples, too, are decoded by the tiny decoder.
+
+    Raises:
+        UnsupportedError: a pipeline that begins with states of its own.
+    """
+
+    def __init__(self, session: Session, reward: Reward, asked: Sequence[str], tiny: bool = False) -> None:
+        self.session, self.reward, self.asked, self.tiny = session, reward, list(asked), tiny
+        begun = getattr(session.start, "evaluations", 0)
+        self.costs = Costs(session.per_step, session.further, begun, session.decoder is not None)
+        self.steps, self.levels, self.shape = session.steps, session.levels, session.shape
+        self.ledger, self.seed, self.ids = session.ledger, session.seed, session.ids
+        self.eta, self.noise_kind = session.eta, session.noise_kind
+        if getattr(session, "family", None) is not None and session.family.entry != "latents":  # type: ignore[attr-defined]
+            name = type(session.user).__name__  # type: ignore[attr-defined]
+            raise UnsupportedError(f"{name} begins with states of its own, not with noise that could be searched")
+
+    @property
+    def solved(self) -> float:
+        number = not isinstance(self.reward, RankEnsemble | Duel)
+        return self.reward.range[1] if number else float("inf")
+
+    def price(self, trial: Trial) -> Cost:
+        return self.costs.price(trial, self.steps)
+
+    def judge(self, prompt: int) -> Judge:
+        if isinstance(self.reward, RankEnsemble):
+            return ByRank(self.reward.shares)
+        if isinstance(self.reward, Duel):
+            return ByDuel(lambda outcomes, pairs: self._play(prompt, outcomes, pairs))
+        return ByReward()
+
+    def _play(self, prompt: int, outcomes: Sequence[Outcome], pairs: Sequence[tuple[int, int]]) -> Tensor:
+        assert isinstance(self.reward, Duel)
+        met = sorted({i for pair in pairs for i in pair})
+        shown = [o.sample if o.sample is not None else self._decoded(o.x0[None], False)[0] for o in (outcomes[i] for i in met)]
+        place = {i: n for n, i in enumerate(met)}
+        with self.ledger.timed("reward"), torch.no_grad():
+            ctx = Context(self.steps, self.steps, self.session.embedded)
+            won = both_ways(self.reward, torch.stack(shown), [(place[i], place[j]) for i, j in pairs], self.asked[prompt], ctx)
+        self.ledger.reward_calls += 2 * len(pairs)
+        return won
+
+    def carry(self, asks: Sequence[Ask]) -> list[Outcome]:
+        groups: dict[Any, list[int]] = {}
+        for i, (_, _, t) in enumerate(asks):
+            kind = "" if t.gradient is False else "reward" if t.gradient is True else "along"
+            alike = (t.start, t.stop, t.look, t.eta, t.scored, kind, t.through, t.checkpoint, t.fresh, t.injected is None)
+            groups.setdefault(alike, []).append(i)
+        found: dict[int, Outcome] = {}
+        for members in groups.values():
+            trial = asks[members[0]][2]
+            work = self._forward if trial.gradient is False else self._gradient
+            for i, outcome in zip(members, work([asks[i] for i in members]), strict=True):
+                found[i] = outcome
+        return [found[i] for i in range(len(asks))]
+
+    def _forward(self, asks: Sequence[Ask]) -> list[Outcome]:
+        session, first = self.session, asks[0][2]
+        rows = [p * SLOTS + slot for p, slot, _ in asks]
+        stop = self.steps if first.stop is None else first.stop
+        given = torch.stack([t.x for _, _, t in asks])
+        with torch.no_grad(), session.noisy(first.eta), self._injecting(asks):
+            noise = session.transformed(given, rows) if first.fresh else None
+            begun = session.scaled(noise) if noise is not None else given
+            x, x0 = (begun, begun) if first.start == stop else session.segment(begun, first.start, stop, rows)
+        seen = x0
+        if first.look and stop < self.steps:
+            with torch.no_grad(), session.noisy(0.0):
+                seen = session.segment(x, stop, min(stop + first.look, self.steps), rows).x0
+        final = stop == self.steps
+        outcomes = []
+        for i, (_, slot, trial) in enumerate(asks):
+            outcome = Outcome(trial, slot, stop, begun[i], x[i], x0[i], final)
+            if noise is not None:
+                outcome.noise = noise[i]
+            outcomes.append(outcome)
+        if first.scored:
+            self._score(outcomes, x if final else seen, [p for p, _, _ in asks], final, stop)
+        return outcomes
+
+    def _injecting(self, asks: Sequence[Ask]) -> Any:
+        given = {p * SLOTS + slot: t.injected for p, slot, t in asks if t.injected is not None}
+        return _Injected(self.session, given)
+
+    def _decoded(self, latents: Tensor, tiny: bool) -> Tensor:
+        """One block of latents as samples; themselves without a decoder."""
+        session = self.session
+        if session.decoder is None:
+            return latents
+        small = session.tiny_decoder if tiny else None
+        with self.ledger.timed("tiny decode" if small else "decode"):
+            samples = (small or session.decoder)(latents).float()
+        if small:
+            self.ledger.tiny_decodes += len(latents)
+        else:
+            self.ledger.decodes += len(latents)
+        return samples
+
+    def _score(self, outcomes: list[Outcome], latents: Tensor, prompts: list[int], final: bool, stop: int) -> None:
+        def one_block(block: list[int]) -> None:
+            mine = list(dict.fromkeys(block))
+            samples = self._decoded(latents[mine], tiny=not final or self.tiny)
+            texts = [self.asked[prompts[i]] for i in mine]
+            with self.ledger.timed("reward"), torch.no_grad():
+                each, total = self._rated(samples, texts, Context(stop, self.steps, self.session.embedded))
+            self.ledger.reward_calls += len(mine)
+            for n, i in enumerate(mine):
+                outcomes[i].scores, outcomes[i].reward = each[n], float(total[n])
+                if final or isinstance(self.reward, Duel):
+                    outcomes[i].sample = samples[n].detach().cpu()
+
+        self.session.cut.run(len(outcomes), one_block)
+
+    def _rated(self, samples: Tensor, texts: list[str], ctx: Context) -> tuple[Tensor, Tensor]:
+        """Scores by term, (n, R), and what counts as a number by itself, (n,)."""
+        if isinstance(self.reward, Duel):
+            return torch.zeros(len(samples), 0), torch.full((len(samples),), float("nan"))
+        if isinstance(self.reward, RankEnsemble):
+            each = torch.stack([checked(r, samples, texts, ctx).double().cpu() for r in self.reward.rewards], 1)
+            return each, torch.full((len(samples),), float("nan"))
+        total = checked(self.reward, samples, texts, ctx).double().cpu()
+        return total[:, None], total
+
+    def _gradient(self, asks: Sequence[Ask]) -> list[Outcome]:
+        """Whole chains with the gradient of their reward; a block of rows at a time."""
+        outcomes: list[Outcome] = []
+
+        def one_block(block: list[int]) -> None:
+            mine = list(dict.fromkeys(block))
+            outcomes.extend(self._gradient_block([asks[i] for i in mine]))
+
+        before = len(outcomes)
+        self.session.cut.run(len(asks), one_block)
+        assert len(outcomes) == before + len(asks)
+        return outcomes
+
+    def _gradient_block(self, asks: list[Ask]) -> list[Outcome]:
+        session, first = self.session, asks[0][2]
+        rows, n = [p * SLOTS + slot for p, slot, _ in asks], len(asks)
+        z = torch.stack([t.x for _, _, t in asks]).detach().clone().requires_grad_(True)
+        injected = [] if first.injected is None else [_given(t).detach().clone().requires_grad_(True) for _, _, t in asks]
+        inside = [(p, s, replace(t, injected=v)) for (p, s, t), v in zip(asks, injected, strict=True)] if injected else asks
+        free = 0 if first.through is None else max(0, self.steps - first.through)
+        with torch.enable_grad(), session.noisy(first.eta), self._injecting(inside):
+            noise = session.transformed(z, rows) if first.fresh else z
+            x = session.scaled(noise) if first.fresh else noise
+            leaf = x
+            if free:  # clean estimates before count as constants: what of z is in x is scaled by the noise levels alone
+                with torch.no_grad():
+                    reached = session.segment(x.detach(), 0, free, rows).x
+                leaf = reached.detach().requires_grad_(True)
+                x = leaf
+            x = session.trajectory(x, free, rows=rows, checkpoints=first.checkpoint)
+            samples = x if session.decoder is None else self._decode_kept(x)
+            values = self._objective(asks, samples)
+            wanted = [leaf if free else z, *injected]
+            found = torch.autograd.grad(values.sum(), wanted, allow_unused=True)
+        if not session.native:
+            self.ledger.backwards += n * (self.steps - free)
+        along = found[0] if found[0] is not None else torch.zeros_like(z)
+        if free:
+            along = along * float(self.levels[free].sigma / self.levels[0].sigma)
+        outcomes = []
+        for i, (_, slot, trial) in enumerate(asks):
+            sample = samples[i].detach().float().cpu()
+            outcome = Outcome(trial, slot, self.steps, z[i].detach(), x[i].detach(), x[i].detach(), True, sample=sample)
+            outcome.noise = noise[i].detach()
+            outcome.gradient = along[i].float().cpu()
+            if injected:
+                g = found[1 + i]
+                outcome.injected_gradient = torch.zeros_like(injected[i]) if g is None else g.float().cpu()
+            outcomes.append(outcome)
+        if first.scored:
+            if first.gradient is True:
+                total = values.detach().double().cpu()
+                each = total[:, None]
+            else:
+                texts = [self.asked[p] for p, _, _ in asks]
+                with self.ledger.timed("reward"), torch.no_grad():
+                    each, total = self._rated(samples.detach(), texts, Context(self.steps, self.steps, session.embedded))
+            for i, outcome in enumerate(outcomes):
+                outcome.scores, outcome.reward = each[i], float(total[i])
+            self.ledger.reward_calls += n
+        return outcomes
+
+    def _decode_kept(self, x: Tensor) -> Tensor:
+        """Decoded with a graph, activations computed again in the pass back."""
+        decoder = self.session.decoder
+        assert decoder is not None
+        with self.ledger.timed("decode"):
+            samples: Tensor = checkpoint(decoder, x, use_reentrant=False, preserve_rng_state=False)
+        self.ledger.decodes += len(x)
+        return samples.float()
+
+    def _objective(self, asks: list[Ask], samples: Tensor) -> Tensor:
+        first = asks[0][2]
+        if first.gradient is not True:
+            given = torch.stack([t.gradient for _, _, t in asks if isinstance(t.gradient, Tensor)])
+            return (samples * given.to(samples)).flatten(1).sum(1)
+        texts = [self.asked[p] for p, _, _ in asks]
+        ctx = Context(self.steps, self.steps, self.session.embedded)
+        with self.ledger.timed("reward"):
+            values = self.reward.rate(samples, texts, ctx).float()
+        if not values.requires_grad:
+            raise DiffsteerError(
+                f"noise optimisation follows the gradient of the reward, and {self.reward.name} has none here: "
+                "take one that has, or a method for black boxes (dno)"
+            )
+        return values
+
+
+def _given(trial: Trial) -> Tensor:
+    assert trial.injected is not None
+    return trial.injected
+
+
+class _Injected:
+    """Rows whose transitions take given noise."""
+
+    def __init__(self, session: Session, given: dict[int, Any]) -> None:
+        self.session, self.given = session, given
+
+    def __enter__(self) -> None:
+        self.before, self.session.injected = self.session.injected, self.given
+
+    def __exit__(self, *about: object) -> None:
+        self.session.injected = self.before

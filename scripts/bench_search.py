@@ -1,0 +1,314 @@
+"""What is worth an evaluation? Searches of noise against best of N on the shapes world, at equal budgets.
+
+    python scripts/bench_search.py run --work DIR [--development] [--methods a,b] [--budgets 2,4] [--shard 0/2]   resumes
+    python scripts/bench_search.py table --work DIR [--plot FILE]                          accuracy by budget, and the plot
+    python scripts/bench_search.py mixtures                                                regret on Gaussian mixtures
+
+The reward that searches is the miniature CLIP; the judge is the checker, and `clip2`, which never steers, is the held-out reward.
+A budget is a multiple of the plain run's evaluations (30 steps with guidance: 60), everything included; what else a method
+costs is told beside. A case is a caption and a seed; all methods draw their noises from the same keys, so that best of N is
+nested: one pool of 32 tells all N. Intervals are 95 %, by bootstrap over captions. Methods and their settings were chosen on
+the development captions alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench_quality import Case, chunks, held_out, interval, judge, second_reward
+
+from diffsteer import SteeredPipeline, __version__, load_pipeline
+from diffsteer.budget import Budget
+from diffsteer.draft import Draft
+from diffsteer.rewards import ClipScore
+from diffsteer.samplers import (
+    Beam,
+    BestOfN,
+    DepthFirst,
+    Evolutionary,
+    FeynmanKac,
+    RandomSearch,
+    ReNO,
+    Rollover,
+    SearchOverPaths,
+    Stages,
+    SuccessiveHalving,
+    ZeroOrder,
+)
+from diffsteer.shapes.models import MODELS, digest
+from diffsteer.types import Context
+
+CAPTIONS_A_TASK, SEEDS, BATCH, POOL, PLAIN = 20, 2, 12, 32, 60
+BUDGETS = (2, 4, 8, 16)
+EMBEDDED = Context(1, 1, True)
+Made = tuple[Any, Any]  # a sampler, and its drafts
+
+
+def halving(share: float, **options: Any) -> Callable[[int], Made]:
+    """As many candidates as make one pass cost the budget."""
+    return lambda u: (SuccessiveHalving(max(1, int(u / share)), **options), None)
+
+
+def drafted(share: float, part: float = 0.5) -> Callable[[int], Made]:
+    """Random search on shorter chains; a part of the budget goes to finals."""
+    return lambda u: (RandomSearch(64), Draft(share=share, finalists=max(1, int(part * u))))
+
+
+def turbo(part: float = 0.5) -> Callable[[int], Made]:
+    return lambda u: (RandomSearch(64), Draft(model=fast(), finalists=max(1, int(part * u))))
+
+
+def fast() -> Any:
+    global _fast
+    if _fast is None:
+        _fast = load_pipeline("shapes-turbo")
+        _fast.set_progress_bar_config(disable=True)
+    return _fast
+
+
+_fast: Any = None
+PATHS = {2: (1, 1), 4: (1, 1), 8: (1, 3), 16: (2, 3), 32: (2, 7)}
+EVOLUTION = {2: (1, 1, 1, 1), 4: (2, 1, 1, 1), 8: (4, 2, 2, 2), 16: (8, 4, 4, 4), 32: (16, 8, 8, 8)}
+BEAMS = {2: (1, 2), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8)}
+METHODS: dict[str, Callable[[int], Made]] = {
+    "draft_third": drafted(1 / 3),
+    "draft_third_few": drafted(1 / 3, 0.25),
+    "draft_fifth": drafted(1 / 5),
+    "turbo": turbo(),
+    "turbo_few": turbo(0.25),
+    "halving": halving(0.525),
+    "halving_4": halving(0.4, rate=4, events=(0.3, 0.6)),
+    "halving_late": halving(0.65, events=(0.4, 0.6)),
+    "halving_noisy": halving(0.525, eta=1.0),
+    "zero_order": lambda u: (ZeroOrder(), None),
+    "paths": lambda u: (SearchOverPaths(*PATHS[u]), None),
+    "evolutionary": lambda u: (Evolutionary(populations=EVOLUTION[u], elites=int(u >= 8)), None),
+    "beam": lambda u: (Beam(*BEAMS[u]), None),
+    "depth_first": lambda u: (DepthFirst(), None),
+    "rollover": lambda u: (Rollover(4 * u, max(1, u - 2), batch=2), None),
+    "fk": lambda u: (FeynmanKac(u), None),
+    "halving_fk": lambda u: (Stages([SuccessiveHalving(u), FeynmanKac(max(2, u // 2))]), None),
+    "reno_turbo": lambda u: (ReNO(iterations=30, rate=2.0), Draft(model=fast(), finalists=max(1, u // 4))),
+}
+
+
+def cases_of(development: bool) -> list[Case]:
+    captions = held_out(CAPTIONS_A_TASK, 6 if development else 7)
+    return [c | {"id": f"{c['id']}-{s}", "seed": s} for c in captions for s in range(SEEDS)]
+
+
+def settings_of(method: str, units: int) -> str:
+    made: Any = METHODS[method](units) if method in METHODS else POOL
+    models = [digest(m) for m in ("shapes", "shapes-turbo") if m in MODELS and (m == "shapes" or "turbo" in method)]
+    told = repr(made[0]) + repr(made[1] and (made[1].share, made[1].finalists)) if made != POOL else "pool"
+    return hashlib.sha256(f"{told} {models} {__version__}".encode()).hexdigest()[:16]
+
+
+def read(work: Path) -> list[Case]:
+    found = []
+    for f in sorted(work.glob("search.*.jsonl")):
+        whole = f.read_text().rpartition("\n")[0]
+        found += [json.loads(line) for line in whole.splitlines()]
+    return found
+
+
+def run(work: Path, methods: list[str], budgets: list[int], shard: tuple[int, int], development: bool) -> None:
+    """Append a line a case, method and budget; what is there is not done again."""
+    work.mkdir(parents=True, exist_ok=True)
+    done = {(r["method"], r["units"], r["id"]) for r in read(work) if r["settings"] == settings_of(r["method"], r["units"])}
+    pipe = load_pipeline("shapes")
+    pipe.set_progress_bar_config(disable=True)
+    reward, second = ClipScore(), second_reward()
+    jobs = [(m, u, c) for m in methods for u in ([POOL] if m in ("pool", "pool_ode") else budgets)
+            for c in chunks(cases_of(development), BATCH)]  # fmt: skip
+    with (work / f"search.{os.getpid()}.jsonl").open("a") as sink:
+        for method, units, cases in jobs[shard[0] :: shard[1]]:
+            cases = [c for c in cases if (method, units, c["id"]) not in done]
+            if not cases:
+                continue
+            texts, ids = [c["caption"] for c in cases], [c["id"] for c in cases]
+            sampler, draft, budget = BestOfN(POOL), None, None
+            if method == "pool_ode":
+                sampler = BestOfN(POOL, eta=0.0)
+            elif method != "pool":
+                sampler, draft = METHODS[method](units)
+                budget = None if method == "fk" else Budget(evals=units * PLAIN)
+            searching = {} if budget is None else {"budget": budget, "draft": draft if draft is not None else False}
+            out = SteeredPipeline(pipe, sampler, reward, output="all", chunk=64, **searching)(texts, seed=0, ids=ids)
+            for i, case in enumerate(cases):
+                samples = out.samples[i].float()
+                shown = samples if method.startswith("pool") else samples[out.chosen[i]][None]
+                held = second.score(shown, [case["caption"]] * len(shown), EMBEDDED).tolist() if second else None
+                found = out.trace.searches[i] if out.trace.searches else None
+                spent = found.spent if found else None
+                record = case | {
+                    "method": method,
+                    "units": units,
+                    "settings": settings_of(method, units),
+                    "rewards": out.rewards[i].tolist() if method.startswith("pool") else [out.rewards[i, out.chosen[i]].item()],
+                    "second": held,
+                    "right": [judge(s, case["caption"]) for s in shown],
+                    "evaluations": spent.evals if spent else out.ledger.evaluations // len(cases),
+                    "decodes": spent.decodes if spent else out.ledger.decodes // len(cases),
+                    "reward_calls": spent.reward_calls if spent else out.ledger.reward_calls // len(cases),
+                    "backwards": out.ledger.backwards // len(cases),
+                    "seconds": out.ledger.seconds["total"] / len(cases),
+                    "gap": found.gap.mean if found and found.gap else None,
+                    "kept_first": found.gap.kept_first if found and found.gap else None,
+                }
+                sink.write(json.dumps(record) + "\n")
+            sink.flush()
+            print(f"{method} {units} {ids[-1]} {np.mean(out.rewards.max(1).values.tolist()):.2f}", flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------- the tables
+
+
+def by_method(records: list[Case]) -> dict[tuple[str, int], dict[str, Case]]:
+    """Records by (method, units) and case; of the pools every nested best of N."""
+    table: dict[tuple[str, int], dict[str, Case]] = defaultdict(dict)
+    for r in records:
+        if not r["method"].startswith("pool"):
+            table[r["method"], r["units"]][r["id"]] = r
+            continue
+        name = "best of N" if r["method"] == "pool" else "best of N, no noise"
+        for n in (1, 2, 4, 8, 16, 32):
+            k = int(np.argmax(r["rewards"][:n]))
+            share = n / POOL
+            counts = {c: round(r[c] * share) for c in ("evaluations", "decodes", "reward_calls")}
+            mine = {"rewards": [r["rewards"][k]], "second": [r["second"][k]], "right": [r["right"][k]]}
+            table[name, n][r["id"]] = r | mine | counts | {"seconds": r["seconds"] * share, "method": name, "units": n}
+    return table
+
+
+def show(work: Path, plot: Path | None) -> None:
+    table = by_method(read(work))
+    print("| method | budget | right (95 %) | against best of N at the same budget | reward | held-out | evaluations | decodes | "
+          "reward calls | seconds |")  # fmt: skip
+    print("|" + "---|" * 10)
+    points: dict[str, list[tuple[float, float, float, float, float]]] = defaultdict(list)
+    for (method, units), by_case in sorted(table.items(), key=lambda kv: (kv[0][0] != "best of N", kv[0])):
+        ids = sorted(by_case)
+        clusters = [by_case[i]["caption"] for i in ids]
+        right = np.array([float(by_case[i]["right"][0]) for i in ids])
+        mean, low, high = interval(right, clusters)
+        base = table.get(("best of N", units), {})
+        same = [i for i in ids if i in base]
+        gain = "" if method == "best of N" or not same else _signed(
+            interval(np.array([float(by_case[i]["right"][0]) - float(base[i]["right"][0]) for i in same]),
+                     [by_case[i]["caption"] for i in same])
+        )  # fmt: skip
+        averages = [np.mean([by_case[i][k] for i in ids]) for k in ("evaluations", "decodes", "reward_calls", "seconds")]
+        reward, held = (np.mean([by_case[i][k][0] for i in ids]) for k in ("rewards", "second"))
+        points[method].append((averages[0], averages[3], mean, low, high))
+        print(f"| {method} | {units} | {mean:.3f} ({low:.3f}, {high:.3f}) | {gain} | {reward:.1f} | {held:.1f} | "
+              f"{averages[0]:.0f} | {averages[1]:.0f} | {averages[2]:.0f} | {averages[3]:.2f} |")  # fmt: skip
+    if plot is not None:
+        draw(points, plot)
+
+
+def _signed(values: tuple[float, float, float]) -> str:
+    return f"{values[0]:+.3f} ({values[1]:+.3f}, {values[2]:+.3f})"
+
+
+def draw(points: dict[str, list[tuple[float, float, float, float, float]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    for axis, column, what in ((axes[0], 0, "evaluations"), (axes[1], 1, "seconds a case")):
+        for name, values in points.items():
+            rows = sorted(values)
+            bold = name == "best of N"
+            axis.plot([r[column] for r in rows], [r[2] for r in rows], "o-", ms=4, lw=2.5 if bold else 1.2,
+                      color="black" if bold else None, label=name)  # fmt: skip
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel(what)
+        axis.grid(alpha=0.3)
+    best = points.get("best of N", [])
+    axes[0].fill_between([r[0] for r in best], [r[3] for r in best], [r[4] for r in best], color="black", alpha=0.12, lw=0)
+    axes[0].set_ylabel("right, by the checker")
+    axes[1].legend(fontsize=7, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+# ---------------------------------------------------------------------------------------------- Gaussian mixtures
+
+STEPS, DIMENSIONS, TRIES = 4, 4, 200
+
+
+def mixtures() -> None:
+    """Regret on products of two-humped mixtures with a reward whose optimum is known, at 16, 64 and 256 evaluations."""
+    from diffsteer.algebra import level
+    from diffsteer.callable import CallableModel
+    from diffsteer.toy import GaussianMixture
+
+    hump = GaussianMixture([-1.5, 1.5], [0.4, 0.4])
+
+    def fn(x: torch.Tensor, t: torch.Tensor, conditions: list[Any]) -> torch.Tensor:
+        at = level(1 - t.double(), t.double())
+        each = [hump.clean(x[:, d : d + 1], at) for d in range(DIMENSIONS)]
+        x0 = torch.cat(each, 1)
+        return ((x.double() - (1 - t.double())[:, None] * x0) / t.double()[:, None] - x0).to(x.dtype)
+
+    target = torch.tensor([1.7, -1.2, 1.3, -1.9])
+    reward = lambda x, prompts: -(x - target.to(x)).square().sum(1)  # noqa: E731  # its best value is 0
+    model = CallableModel(fn, "velocity", "flow", (DIMENSIONS,))
+    searches: dict[str, Any] = {
+        "best of N": RandomSearch(16),
+        "zero_order": ZeroOrder(),
+        "search_over_paths": SearchOverPaths(2, 4, first=0.5, back=1, ahead=2),
+        "evolutionary": Evolutionary((0.0, 0.5), (4, 4, 4)),
+        "beam": Beam(2, 2, events=(0.5,)),
+        "depth_first": DepthFirst((0.5,), back=1),
+        "rollover": Rollover(4, 2),
+        "successive_halving": SuccessiveHalving(4, events=(0.5,)),
+    }
+    found: dict[tuple[str, int], np.ndarray] = {}
+    for name, search in searches.items():
+        for evals in (16, 64, 256):
+            steered = SteeredPipeline(model, search, reward, budget=Budget(evals=evals), draft=False)
+            out = steered(["x"] * TRIES, num_inference_steps=STEPS, seed=0)
+            found[name, evals] = -out.rewards.max(1).values.numpy()
+    print("| search | " + " | ".join(f"regret at {e} (95 %), against best of N" for e in (16, 64, 256)) + " |")
+    print("|" + "---|" * 4)
+    for name in searches:
+        cells = []
+        for evals in (16, 64, 256):
+            mine, base = found[name, evals], found["best of N", evals]
+            who = [str(i) for i in range(TRIES)]
+            m, low, high = interval(mine, who)
+            against = "" if name == "best of N" else ", " + _signed(interval(mine - base, who))
+            cells.append(f"{m:.3f} ({low:.3f}, {high:.3f}){against}")
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["run", "table", "mixtures"])
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--methods", default=",".join(["pool", "pool_ode", *METHODS]))
+    parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)))
+    parser.add_argument("--shard", default="0/1")
+    parser.add_argument("--development", action="store_true")
+    parser.add_argument("--plot", type=Path)
+    a = parser.parse_args()
+    if a.command == "mixtures":
+        mixtures()
+    elif a.command == "table":
+        show(a.work, a.plot)
+    else:
+        part, of = map(int, a.shard.split("/"))
+        run(a.work, a.methods.split(","), [int(b) for b in a.budgets.split(",")], (part, of), a.development)
