@@ -110,10 +110,10 @@ class Purse:
     def limited(self) -> bool:
         return bool(self.budget)
 
-    def affords(self, cost: Cost, further: Cost = NOTHING) -> int:
-        """How many of a cost can be paid, with `further` and the reserve still paid afterwards."""
+    def affords(self, cost: Cost, further: Cost = NOTHING, late: bool = False) -> int:
+        """How many of a cost can be paid, with `further` and the reserve still paid afterwards; `late` asks no clock."""
         keep = self.reserve.plus(further)
-        counts = [self.watch.fits(cost, keep, self.until)]
+        counts = [2**31 if late else self.watch.fits(cost, keep, self.until)]
         for name, each in cost._asdict().items():
             limit = getattr(self.budget, name)
             if limit is not None:

@@ -53,12 +53,13 @@ def forecast(
         eta = None if steered.sampler is None or steered.transition == "native" else steered.sampler.eta
         steps, levels = grid_of(steered.pipe, asked, known, eta, schedule, steered.own_transition())
         facts["further"] = skipped_steps(steered.pipe, steps, known)
-        if family.entry == "step" and steered.sampler is not None:
+        if family.entry == "step" and isinstance(steered.sampler, Sampler):
             cut = steered.deterministic or (size is not None and size < prompts * steered.sampler.particles)
             facts |= {"entered": len(steered.sampler.schedule(steps)) if cut else 0, "enters": True}
     if isinstance(steered.sampler, Search):
         return _of_search(steered, prompts, num_inference_steps, steps, levels, guided, facts, rehearse, call)
     decoded = steered.decoder != "none" if not isinstance(steered.pipe, CallableModel) else steered.pipe.decode is not None
+    assert not isinstance(steered.sampler, Search)
     said = estimate(
         steered.sampler,
         prompts,
@@ -124,15 +125,16 @@ def _of_search(
             length = grid_of(model, length or known.get("num_inference_steps"), known, 0.0, None, True)[0]
         drafts = (length or 50, each)
     said = forecast_search(steered.sampler, steered.budget, steered.draft, steps, levels, costs, drafts)
-    counts = {name: count * prompts for name, count in said.counts.items()}
-    total = Ledger(**counts)
+    total = Ledger()
+    for name, number in said.counts.items():
+        setattr(total, name, number * prompts)
     if rehearse is not None:
         alone = copy.copy(steered)
         alone.sampler, alone.draft, alone.budget = Single(), None, None
         tried = alone([rehearse], num_inference_steps=asked, seed=0, **call).ledger
-        for stage, count in (("denoiser", "evaluations"), ("decode", "decodes"), ("reward", "reward_calls")):
-            if tried.counts[count]:
-                total.seconds[stage] = tried.seconds[stage] / tried.counts[count] * total.counts[count]
+        for stage, key in (("denoiser", "evaluations"), ("decode", "decodes"), ("reward", "reward_calls")):
+            if tried.counts[key]:
+                total.seconds[stage] = tried.seconds[stage] / tried.counts[key] * total.counts[key]
         total.seconds["total"], total.peak_memory = sum(total.seconds.values()), tried.peak_memory
     return total
 

@@ -79,7 +79,7 @@ class SteeredPipeline:
     def __init__(
         self,
         pipe: Any,
-        sampler: Sampler | None = None,
+        sampler: Sampler | Search | None = None,
         reward: Reward | RewardFunction | None = None,
         *,
         choice: Reward | RewardFunction | None = None,
@@ -263,9 +263,10 @@ class SteeredPipeline:
         watch: Callable[..., None] | None,
     ) -> SteeredOutput:
         """A search, over sessions of its own."""
-        assert isinstance(self.sampler, Search) and self.reward is not None
+        search, reward = self.sampler, self.reward
+        assert isinstance(search, Search) and reward is not None
         if latents is not None:
-            raise DiffsteerError(f"{self.sampler.name} searches for the first noise itself: leave latents= out")
+            raise DiffsteerError(f"{search.name} searches for the first noise itself: leave latents= out")
 
         def make(
             steps: int | None = None,
@@ -275,7 +276,7 @@ class SteeredPipeline:
             ledger: Ledger | None = None,
         ) -> Session:
             pipe = self.pipe if model is None else model
-            mine = keys | {"ledger": ledger} | ({} if model is None else {"own": keys["own"] and self.sampler.cuts})
+            mine = keys | {"ledger": ledger} | ({} if model is None else {"own": keys["own"] and search.cuts})
             length = {} if steps is None and model is not None else options if steps is None else {"num_inference_steps": steps}
             if isinstance(pipe, CallableModel):
                 if told["call"] or told["negative_prompt"] is not None:
@@ -283,16 +284,16 @@ class SteeredPipeline:
                 return CallableSession(pipe, prompts, **length, **mine)
             from diffsteer.backend import DiffusersSession
 
-            arguments = told if model is None else {"call": dict(call or {})}
-            options_of = {"decoder": decoder or self.decoder, "transition": self.transition, "start": self.start}
-            return DiffusersSession(pipe, prompts, **options_of, **arguments, **length, **mine)
+            arguments: dict[str, Any] = told if model is None else {"call": dict(call or {})}
+            arguments = arguments | {"decoder": decoder or self.decoder, "transition": self.transition, "start": self.start}
+            return DiffusersSession(pipe, prompts, **arguments, **length, **mine)
 
         to_images = None
         if not isinstance(self.pipe, CallableModel):
             from diffsteer.pipes import as_images
 
             to_images = partial(as_images, self.pipe)
-        found = (self.sampler, self.reward, self.budget, self.draft, asked, self.output, self.choice)
+        found = (search, reward, self.budget, self.draft, asked, self.output, self.choice)
         return run_search(make, *found, to_images=to_images, watch=watch)
 
     def own_transition(self) -> bool:

@@ -80,7 +80,8 @@ def whiteness(z: Tensor, generator: torch.Generator, draws: int = 16, size: int 
     """Minus an upper bound of the log-probability that white noise looks so: of the mean and of the second moments of blocks of
     coordinates, as they stand and in random orders (Tang et al., 2024, arXiv 2405.18881, eq. 8 to 11). (N, ...) -> (N,).
 
-    A noise that looks typical has the constant value 2 ln 2 and no gradient: it is a bound that is felt only outside.
+    In an order in which the noise looks typical the value is 2 ln 2 without a gradient, so that white noise, which looks
+    untypical in few orders, is hardly moved: it is a bound that is felt outside.
 
     Args:
         draws: random orders, the paper's 100; each costs O(d).
@@ -88,6 +89,8 @@ def whiteness(z: Tensor, generator: torch.Generator, draws: int = 16, size: int 
     """
     flat = z.flatten(1).float()
     usable = flat.shape[1] // size * size
+    if usable < 2 * size:  # too few numbers to look like anything
+        return 0.0 * flat.sum(1)
     total = torch.zeros(len(flat), device=flat.device)
     for j in range(draws + 1):
         order = torch.arange(flat.shape[1]) if j == 0 else torch.randperm(flat.shape[1], generator=generator)

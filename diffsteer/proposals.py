@@ -22,7 +22,8 @@ ADDITIVE = (
 
 def rotation(z: Tensor, fresh: Tensor, step: float, place: torch.Generator | None = None) -> Tensor:
     """Rotate on the sphere: ``|z| (c z/|z| + s w)``, w being the direction of the fresh noise across z. The radius is kept
-    exactly, so are the uniform direction and with it the law. At step 1 it is the fresh noise itself.
+    exactly, so are the uniform direction and with it the law. At step 1 it is the fresh noise itself, and of a
+    single number, which has no other direction, the mix.
 
     Args:
         z, fresh: one noise and an independent one, of any shape.
@@ -33,6 +34,8 @@ def rotation(z: Tensor, fresh: Tensor, step: float, place: torch.Generator | Non
     radius = a.norm()
     u = a / radius
     across = n - (n * u).sum() * u
+    if z.numel() == 1:  # nothing lies across
+        return mix(z, fresh, step)
     rotated: Tensor = radius * (math.sqrt(1 - step**2) * u + step * across / across.norm())
     return rotated.to(z.dtype)
 

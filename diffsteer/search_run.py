@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -45,7 +46,20 @@ def maximise(
     Raises:
         DiffsteerError: a search that wants a chain of several steps.
     """
-    return explore(search, FunctionGround(function, shape, seed), budget, watch=watch)[0]
+    found = explore(search, FunctionGround(function, shape, seed), budget, watch=watch)
+    _warn(search, found)
+    return found[0]
+
+
+def _warn(search: Search, found: Sequence[Found]) -> None:
+    """Say that a result's noise is off the prior."""
+    off = [f.diagnoses[0] for f in found if f.diagnoses and f.diagnoses[0].off]
+    if off:
+        warnings.warn(
+            f"{search.name}: the noise that was found is not what the model was trained on ({off[0]}, in standard deviations "
+            "of white noise): its samples may be worse than their rewards say",
+            stacklevel=4,
+        )
 
 
 def check_search(search: Search, reward: Reward | None, guide: Any) -> Reward:
@@ -119,6 +133,7 @@ def run_search(
         watch=watch,
         stopwatch=clock,
     )
+    _warn(search, found)
     return _output(session, full, found, ledger, asked, output, choice, to_images, started)
 
 

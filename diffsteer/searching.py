@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -78,14 +77,20 @@ class _Run:
                 break
             self.purse.pay(self.ground.price(trial))
             asks.append((self.prompt, self._slot(), trial))
+        if not asks and self.trials and self.purse.until < 1:
+            self._advance([])  # the share of a stage is spent
+            return self.granted()
         if not asks and self.trials:
-            plain = replace(self.trials[0], gradient=False)
-            paid = not self.finished and self.trials[0].gradient is not False and self.purse.affords(self.ground.price(plain))
+            plain = self._plain(self.trials[0])
             self.stop("budget")
-            if paid:  # one sample, at least, without the gradient that was asked for
+            if not self.finished and self.purse.affords(self.ground.price(plain), late=True):
                 self.purse.pay(self.ground.price(plain))
                 asks.append((self.prompt, self._slot(), plain))
         return asks
+
+    def _plain(self, trial: Trial) -> Trial:
+        """One sample, at least, in the place of what costs too much: without gradient and look-ahead, to the end at once."""
+        return replace(trial, stop=None, gradient=False, look=0, scored=True)
 
     def _slot(self) -> int:
         self.slots += 1
@@ -119,10 +124,7 @@ class _Run:
         ordered = self.judge_order(outcomes)
         if isinstance(self.judge, ByDuel):
             return ordered[: max(POOL_OF_DUELS, self.search.keep)]
-        for outcome in ordered[POOL:]:
-            outcome.sample = None
-            outcome.begun = outcome.x = outcome.x0 = torch.empty(0)
-        return ordered
+        return [*ordered[:POOL], *(o if o.sample is None else _light(o) for o in ordered[POOL:])]
 
     def unfinished(self) -> list[Ask]:
         """Where the budget ended on the way: the best so far is brought to the end."""
@@ -194,14 +196,13 @@ def explore(
         found = _rendered(runs, render, 1 if interrupted else finalists, remake, clock)
     for run in runs:
         run.purse.slots = run.slots
-    if any(d.off for f in found for d in f.diagnoses[:1]):
-        worst = next(f for f in found if f.diagnoses and f.diagnoses[0].off)
-        warnings.warn(
-            f"{search.name}: the noise that was found is not what the model was trained on ({worst.diagnoses[0]}, in standard "
-            "deviations of white noise): its samples may be worse than their rewards say",
-            stacklevel=3,
-        )
     return found
+
+
+def _light(outcome: Outcome) -> Outcome:
+    """Without what is large: who still searches with it has its own."""
+    none = torch.empty(0)
+    return replace(outcome, trial=replace(outcome.trial, x=none), begun=none, x=none, x0=none, sample=None, gradient=None)
 
 
 def _tell(runs: Sequence[_Run], asks: Sequence[Ask], ground: Ground, clock: Stopwatch) -> None:

@@ -80,32 +80,18 @@ def staged(parts: Sequence[Search], shares: Sequence[float], arena: Arena) -> As
     reached = 0.0
     for part, share in zip(parts, shares, strict=True):
         reached += share
-        arena.purse.until = min(1.0, reached) if part is not parts[-1] else 1.0
+        arena.purse.until = reached if part is not parts[-1] else 1.0
         arena.starts = best
         asking = part.search(arena)
         try:
             trials = next(asking)
             while True:
-                number = _payable(arena, trials)
-                if number == 0 and part is not parts[-1]:
+                told = yield trials
+                if not told:
                     asking.close()
                     break
-                told = yield trials[: number or 1]
                 done = [o for o in told if o.final and o.trial.scored and o.root is not None]
                 best = arena.order([*best, *done])[:HANDED] if done else best
                 trials = asking.send(told)
         except StopIteration:
             continue
-
-
-def _payable(arena: Arena, trials: Sequence[Trial]) -> int:
-    """How many of the trials, from the first, the share that is open pays for."""
-    if not arena.purse.limited:
-        return len(trials)
-    number = 0
-    while number < len(trials):
-        cost = arena.price(trials[number])
-        if arena.purse.affords(cost) < number + 1:
-            break
-        number += 1
-    return number

@@ -17,7 +17,7 @@ from diffsteer.types import Context, DiffsteerError, nearest
 _TOKEN = re.compile(r"\s*(?:(\d+\.?\d*(?:e-?\d+)?|\.\d+)|(#[0-9a-fA-F]{6}|[A-Za-z_]\w*)|(>=|<=|==|[-+*/(),<>]))")
 RELATIONS = {"left_of": ("x", 1), "right_of": ("x", -1), "above": ("y", 1), "below": ("y", -1)}
 GROUPS = ("all_of", "any_of", "weighted")
-BOUNDS = ("less_than", "greater_than", "equal")
+BOUNDS = {"less_than": "<", "greater_than": ">", "equal": "=="}
 MOST = 60  # how deep a program may be nested
 
 
@@ -34,6 +34,8 @@ class Node:
         """Text that reads back as the same program."""
         if self.kind == "number":
             return repr(self.value) if self.value >= 0 else f"(0 - {-self.value!r})"
+        if self.kind == "color":
+            return str(self.color)
         if self.kind in MEASUREMENTS:
             return f"{self.kind}({self.color or ''})"
         inner = ", ".join(map(str, self.parts))
@@ -61,12 +63,11 @@ class _Parser:
             at = found.end()
 
     def fail(self, wanted: str) -> DiffsteerError:
-        if self.at < len(self.tokens):
-            _, token, place = self.tokens[self.at]
-            return DiffsteerError(
-                f"program: character {place + 1}: {token!r} where {wanted} was wanted, in {_shown(self.text)}"
-            )
-        return DiffsteerError(f"program: it ends where {wanted} was wanted: {_shown(self.text)}")
+        if self.at == len(self.tokens):
+            return DiffsteerError(f"program: it ends where {wanted} was wanted: {_shown(self.text)}")
+        _, token, place = self.tokens[self.at]
+        found = f"character {place + 1}: {token!r} where {wanted} was wanted"
+        return DiffsteerError(f"program: {found}, in {_shown(self.text)}")
 
     def peek(self) -> str:
         return self.tokens[self.at][1] if self.at < len(self.tokens) else ""
@@ -112,19 +113,19 @@ class _Parser:
         if name in RELATIONS:
             self.at += 1
             self.take("(")
-            first = self.color()
+            first = Node("color", color=self.color())
             self.take(",")
-            parts = [Node("area", color=first), Node("area", color=self.color())]
+            second = Node("color", color=self.color())
             self.take(")")
-            return Node(name, tuple(Node("color", color=p.color) for p in parts))
+            return Node(name, (first, second))
         if name in BOUNDS:
             self.at += 1
             self.take("(")
-            first_, second = self.nested(self.sum), None
+            low = self.nested(self.sum)
             self.take(",")
-            second = self.nested(self.sum)
+            high = self.nested(self.sum)
             self.take(")")
-            return Node({"less_than": "<", "greater_than": ">", "equal": "=="}[name], (first_, second))
+            return Node(BOUNDS[name], (low, high))
         if name == "(":  # of a constraint, or of a sum that a comparison begins with
             kept = self.at
             try:
@@ -305,5 +306,5 @@ class Program(Reward):
 
     def score(self, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
         """Minus the error of images (N, 3, H, W), or clips (N, F, 3, H, W), in [0, 1]: (N,). NaN where it is no number."""
-        found = -error(self.node, samples.float(), self.margin)
+        found = 0.0 - error(self.node, samples.float(), self.margin)
         return torch.where(found.isinf(), torch.full_like(found, float("nan")), found)

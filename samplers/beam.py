@@ -46,7 +46,8 @@ class Beam(Search):
     def search(self, arena: Arena) -> Asking:
         events = arena.events(self.events)
         for _ in arena.rounds(1):
-            trials = [Trial(z, 0, events[0], True, self.look, self.eta) for z in arena.begin(self.beams * self.branches)]
+            first, look = (events[0], self.look) if events else (None, 0)
+            trials = [Trial(z, 0, first, True, look, self.eta) for z in arena.begin(self.beams * self.branches)]
             for k, event in enumerate(events):
                 told = yield trials
                 beams = arena.order(told)[: self.beams]

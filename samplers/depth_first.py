@@ -51,8 +51,9 @@ class DepthFirst(Search):
     def search(self, arena: Arena) -> Asking:
         checks = arena.events(self.checks)
         seen: dict[int, list[float]] = {c: [] for c in checks}
-        for _ in arena.rounds(self.chains):
-            trial = Trial(arena.begin(1)[0] if not any(seen.values()) else arena.draw(1)[0], 0, checks[0], True, eta=self.eta)
+        for turn in arena.rounds(self.chains):
+            z = arena.begin(1)[0] if turn == 0 else arena.draw(1)[0]
+            trial = Trial(z, 0, checks[0] if checks else None, True, eta=self.eta)
             for k, check in enumerate(checks):
                 best: Outcome | None = None
                 for attempt in range(self.retries + 1):

