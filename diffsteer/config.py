@@ -215,16 +215,16 @@ def build(kind: str, config: DictConfig) -> Any:
             if values[key] != getattr(cls, key):
                 raise DiffsteerError(f"guide.{key}={values[key]} has no effect: give sampler.{key}")
     for f in dataclasses.fields(cls):
-        if f.metadata.get("samplers"):  # samplers within a sampler
-            values[f.name] = [build("sampler", _mapping(v, f"{kind}.{f.name}")) for v in values[f.name]]
+        if "of" in f.metadata:  # samplers within a sampler, rewards within a reward
+            values[f.name] = [build(f.metadata["of"], _mapping(v, f"{kind}.{f.name}")) for v in values[f.name]]
     return cls(**{str(k): tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def _mapping(value: Any, where: str) -> DictConfig:
-    """A sampler within a sampler, by its name or as a mapping."""
+    """A sampler within a sampler, or a reward within a reward, by its name or as a mapping."""
     made = OmegaConf.create({"name": value} if isinstance(value, str) else value)
     if not isinstance(made, DictConfig):
-        raise DiffsteerError(f"{where}: {value!r} is no sampler; wanted {{name: zero_order, ...}}")
+        raise DiffsteerError(f"{where}: {value!r} is neither a name nor a mapping such as {{name: ...}}")
     return made
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from diffsteer.reward import Reward, RewardFunction, as_reward
+from diffsteer.reward import Reward, as_reward
 from diffsteer.types import Context, DiffsteerError, RewardError
 
 if TYPE_CHECKING:
@@ -80,33 +81,46 @@ def mean_rank(scores: Tensor, weights: Sequence[float]) -> Tensor:
     return (ranks(scores) * w).sum(1) / w.sum()
 
 
+@dataclass(eq=False)
 class RankEnsemble(Reward):
-    """Several rewards by the mean of their ranks among what is compared: no scale of theirs matters.
+    """Several rewards by the mean of their ranks among what is compared: no scale of theirs matters (Ma et al., 2025, arXiv
+    2501.09732).
 
     A search compares incumbents with newcomers by ranking them together. Samplers that weigh particles get the mean rank within
-    each prompt's particles, in [0, 1].
+    each prompt's particles, in [0, 1]. No gradient.
+
+    Cost: that of all its rewards.
 
     Args:
-        rewards: two or more. weights: of their ranks, positive; default: all alike.
+        rewards: two or more; on the command line names, or mappings with a ``name``.
+        shares: weights of their ranks, positive; default: all alike.
 
     Raises:
-        DiffsteerError: fewer than two; weights that do not fit; rewards that look at different things.
+        DiffsteerError: fewer than two; shares that do not fit; rewards that look at different things, or that only compare.
     """
 
-    def __init__(self, rewards: Sequence[Reward | RewardFunction], weights: Sequence[float] | None = None) -> None:
-        self.rewards = [as_reward(r) for r in rewards]
-        self.shares = [1.0] * len(self.rewards) if weights is None else list(weights)
+    rewards: Sequence[Any] = field(default=(), metadata={"of": "reward"})
+    shares: Sequence[float] | None = None
+
+    name: ClassVar[str] = "rank_ensemble"
+    modality: ClassVar[str] = "any"
+    range: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    pooled: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        first = next((r.input for r in self.rewards if isinstance(r, Reward)), "pixels")
+        self.rewards = [as_reward(r, first) for r in self.rewards]
+        self.shares = [1.0] * len(self.rewards) if self.shares is None else list(self.shares)
         if len(self.rewards) < 2:
-            raise DiffsteerError("an ensemble of ranks wants two rewards or more")
+            raise DiffsteerError("rank_ensemble: it wants two rewards or more, such as rewards=[clip, aesthetic]")
         if len(self.shares) != len(self.rewards) or not all(w > 0 for w in self.shares):
-            raise DiffsteerError(f"an ensemble of {len(self.rewards)} rewards wants as many positive weights")
+            raise DiffsteerError(f"rank_ensemble: shares={self.shares}; wanted {len(self.rewards)} positive numbers")
         if len({r.input for r in self.rewards}) > 1:
-            raise DiffsteerError("rewards on pixels and on latents cannot be ranked together: they see different samples")
+            raise DiffsteerError("rank_ensemble: rewards on pixels and on latents see different samples")
+        if any(r.pooled for r in self.rewards):
+            raise DiffsteerError("rank_ensemble: its rewards are numbers by themselves, not ranks or duels")
         self.__dict__.update(
-            name="rank(" + ", ".join(r.name for r in self.rewards) + ")",
             input=self.rewards[0].input,
-            modality="any",
-            range=(0.0, 1.0),
             deterministic=all(r.deterministic for r in self.rewards),
             needs_prompt=any(r.needs_prompt for r in self.rewards),
         )
@@ -115,17 +129,14 @@ class RankEnsemble(Reward):
         for reward in self.rewards:
             reward.prepare(prompts, ctx)
 
-    def each(self, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
-        """All scores, (N, R)."""
-        return torch.stack([r.rate(samples, prompts, ctx).double().cpu() for r in self.rewards], 1)
-
     def combine(self, scores: Tensor) -> Tensor:
-        """(N, R) of one pool -> (N,)."""
-        return mean_rank(scores, self.shares)
+        """Scores (N, R) of one pool -> mean ranks (N,)."""
+        return mean_rank(scores, self.shares or [])
 
     def score(self, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
-        """The mean rank of each sample among those of the same prompt, (N,)."""
-        scores, found = self.each(samples, prompts, ctx), torch.empty(len(samples))
+        """The mean rank of each sample among those of the same prompt that are given with it, (N,)."""
+        scores = torch.stack([r.rate(samples, prompts, ctx).double().cpu() for r in self.rewards], 1)
+        found = torch.empty(len(samples))
         for prompt in dict.fromkeys(prompts):
             mine = [i for i, p in enumerate(prompts) if p == prompt]
             found[mine] = self.combine(scores[mine]).float()
@@ -141,6 +152,7 @@ class Duel(Reward):
     name = "duel"
     modality = "any"
     needs_prompt = True
+    pooled = True
 
     def compare(self, a: Tensor, b: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
         """How likely each of `a` (N, ...) is better than its opponent in `b`: (N,) in [0, 1], 0.5 for a draw."""

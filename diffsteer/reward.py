@@ -25,6 +25,7 @@ class Reward:
         higher_is_better: always so; a quantity to be lowered is scored by its negative.
         differentiable: autograd reaches the samples. deterministic: equal samples get equal scores.
         needs_prompt: the score depends on the prompt.
+        pooled: a score depends on what is scored with it: of ranks and duels. All others score each sample alone.
         taps: modules of the denoiser whose outputs `score_features` reads where guidance goes through the network.
         licence, weights: of the network that it loads, and where that comes from; None without one.
     """
@@ -39,6 +40,7 @@ class Reward:
     needs_prompt: ClassVar[bool] = False
     licence: ClassVar[str | None] = None
     weights: ClassVar[str | None] = None
+    pooled: ClassVar[bool] = False
     taps: tuple[str, ...] = ()
 
     def prepare(self, prompts: Sequence[str], ctx: Context) -> None:
@@ -82,6 +84,9 @@ class WeightedSum(Reward):
     def __init__(self, terms: Sequence[tuple[float, Reward]]) -> None:
         self.terms = list(terms)
         rewards = [r for _, r in self.terms]
+        pooled = next((r.name for r in rewards if r.pooled), None)
+        if pooled is not None:
+            raise DiffsteerError(f"{pooled} only ranks and cannot be added to other rewards: put them into the ensemble")
         inputs = {r.input for r in rewards}
         if len(inputs) > 1:
             raise DiffsteerError(f"rewards on {' and '.join(sorted(inputs))} cannot be added: they see different samples")

@@ -107,7 +107,7 @@ def run_search(
     ledger = session.ledger
     cheap = reward if draft is None or draft.reward is None else as_reward(draft.reward, reward.input)
     for r in {id(r): r for r in (reward, cheap, choice) if r is not None}.values():
-        check_inputs(session.decoder is not None, r, makes=session.makes)
+        check_inputs(session.decoder is not None, r, makes=session.makes, searching=r is not choice)
         prepare(r, asked, Context(0, session.steps, session.embedded))
     full = SessionGround(session, reward, asked)
     ground, render = full, None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffsteer.blocks import Blocks
+from diffsteer.judging import Duel, RankEnsemble
 from diffsteer.ledger import Ledger
 from diffsteer.particles import reindex
 from diffsteer.reward import Reward, scores_images, terms_of
@@ -18,11 +19,11 @@ from diffsteer.types import Context, DiffsteerError, Info, Problem, RewardError,
 Decode = Callable[[Tensor], Tensor]
 
 
-def check_inputs(decoded: bool, *rewards: Reward | None, makes: str = "") -> None:
+def check_inputs(decoded: bool, *rewards: Reward | None, makes: str = "", searching: bool = False) -> None:
     """Refuse rewards that would be shown something else than they look at.
 
     Args:
-        makes: of a pipeline: "images", "video" or "sound".
+        makes: of a pipeline: "images", "video" or "sound". searching: by a search, which lets judges compare.
 
     Raises:
         DiffsteerError: with the reward's name, and what it would be shown.
@@ -33,6 +34,8 @@ def check_inputs(decoded: bool, *rewards: Reward | None, makes: str = "") -> Non
             raise DiffsteerError(f"the reward {reward.name} looks at {reward.input}, but this decoder gives it {shown}")
         if reward is not None and makes == "sound" and decoded and scores_images(reward):
             raise DiffsteerError(f"the reward {reward.name} looks at images, but this pipeline makes sound")
+        if isinstance(reward, Duel) and not searching:
+            raise DiffsteerError(f"the judge {reward.name} only compares: it wants a search, such as random_search")
         clips = [r.name for _, r in terms_of(reward) if r.modality == "video"] if reward is not None else []
         if clips and makes not in ("", "video"):
             raise DiffsteerError(f"the reward {clips[0]} looks at clips, but this pipeline makes {makes}")
@@ -69,7 +72,7 @@ class Scorer:
     def score(self, samples: Tensor, done: int, steps: int, reward: Reward | None = None) -> Tensor:
         """Rewards (P, K) in float64 of P * K samples, by `reward` or by the scorer's own."""
         parts = self.cut.run(len(samples), lambda rows: self._score(samples[rows], rows, len(samples), done, steps, reward))
-        return torch.cat(parts).view(len(self.prompts), -1)
+        return self._grouped(torch.cat(parts), reward)
 
     def score_latents(self, latents: Tensor, done: int, steps: int) -> Tensor:
         """Rewards (P, K) of P * K latents. A block's samples are gone before the next block is decoded."""
@@ -77,7 +80,13 @@ class Scorer:
         def one_block(rows: list[int]) -> Tensor:
             return self._score(self._decode(latents, rows, self.tiny), rows, len(latents), done, steps)
 
-        return torch.cat(self.cut.run(len(latents), one_block)).view(len(self.prompts), -1)
+        return self._grouped(torch.cat(self.cut.run(len(latents), one_block)), None)
+
+    def _grouped(self, scores: Tensor, reward: Reward | None) -> Tensor:
+        """Scores (P * K,) as (P, K); of an ensemble of ranks its rewards' (P * K, R), ranked within each group."""
+        grouped = scores.view(len(self.prompts), -1, *scores.shape[1:])
+        judge = reward or self.reward
+        return torch.stack([judge.combine(s) for s in grouped]) if isinstance(judge, RankEnsemble) else grouped
 
     def _decode(self, latents: Tensor, rows: list[int], tiny: Decode | None) -> Tensor:
         """One block, its padding included."""
@@ -99,7 +108,11 @@ class Scorer:
             return torch.zeros(real, dtype=torch.float64)
         each = count // len(self.prompts)
         with self.ledger.timed("reward"), torch.no_grad():
-            scores = checked(reward, samples, [self.prompts[i // each] for i in rows], Context(done, steps, self.embedded))
+            ctx, texts = Context(done, steps, self.embedded), [self.prompts[i // each] for i in rows]
+            if isinstance(reward, RankEnsemble):
+                scores = torch.stack([checked(r, samples, texts, ctx).double().cpu() for r in reward.rewards], 1)
+            else:
+                scores = checked(reward, samples, texts, ctx)
         self.ledger.reward_calls += real
         return scores[:real].cpu().double()
 

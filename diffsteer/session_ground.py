@@ -53,7 +53,7 @@ class SessionGround(Ground):
 
     def judge(self, prompt: int) -> Judge:
         if isinstance(self.reward, RankEnsemble):
-            return ByRank(self.reward.shares)
+            return ByRank(self.reward.shares or [])
         if isinstance(self.reward, Duel):
             return ByDuel(lambda outcomes, pairs: self._play(prompt, outcomes, pairs))
         return ByReward()

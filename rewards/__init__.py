@@ -3,6 +3,7 @@
 if __name__ != "diffsteer.rewards":
     raise ImportError(f"import diffsteer.rewards, not {__name__}")
 
+from diffsteer.judging import RankEnsemble
 from diffsteer.rewards.aesthetic import Aesthetic
 from diffsteer.rewards.clip_score import ClipScore
 from diffsteer.rewards.compressibility import Compressibility
@@ -10,4 +11,4 @@ from diffsteer.rewards.motion_coherence import MotionCoherence
 from diffsteer.rewards.motion_consistency import MotionConsistency
 from diffsteer.rewards.program import Program
 
-__all__ = ["Aesthetic", "ClipScore", "Compressibility", "MotionCoherence", "MotionConsistency", "Program"]
+__all__ = ["Aesthetic", "ClipScore", "Compressibility", "MotionCoherence", "MotionConsistency", "Program", "RankEnsemble"]

@@ -226,7 +226,9 @@ def value(node: Node, samples: Tensor) -> Tensor:
     if node.kind in MEASUREMENTS:
         return measure(node.kind, samples, node.color)
     a, b = (value(p, samples) for p in node.parts)
-    return a + b if node.kind == "+" else a - b if node.kind == "-" else a * b if node.kind == "*" else a / b
+    if node.kind == "/":
+        return torch.where(b == 0, torch.full_like(a, float("nan")), a / b)
+    return a + b if node.kind == "+" else a - b if node.kind == "-" else a * b
 
 
 def error(node: Node, samples: Tensor, margin: float) -> Tensor:

@@ -29,7 +29,7 @@ class Stages(Search):
         DiffsteerError: no stage, shares that do not fit, or a sampler that is none.
     """
 
-    stages: Sequence[Any] = field(default=(), metadata={"samplers": True})
+    stages: Sequence[Any] = field(default=(), metadata={"of": "sampler"})
     shares: Sequence[float] | None = None
 
     name: ClassVar[str] = "stages"

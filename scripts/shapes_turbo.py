@@ -12,7 +12,7 @@ from shapes_flow import FLOW, TOKENIZER, first_painter
 from shapes_training import tokenize, train
 from torch import Tensor
 
-from diffsteer.shapes.models import MODELS, WEIGHTS, recommended_for
+from diffsteer.shapes.models import WEIGHTS, recommended_for
 
 CHAINS, PER_FILE, BATCH, RATE, STEPS = 16_000, 640, 64, 1e-3, 5_000
 # The scheduler's four steps of shift 3, on the scale s = sigma / (alpha + sigma), and what lies between them.
@@ -81,7 +81,7 @@ def stage_turbo(work: Path) -> None:
     torch.save(train("turbo", work, painter, loss_of, STEPS, RATE).state_dict(), work / "turbo.pt")
 
 
-def stage_export_turbo(work: Path, out: Path = MODELS["shapes-turbo"]) -> None:
+def stage_export_turbo(work: Path, out: Path = WEIGHTS / "sd-turbo") -> None:
     """Without autoencoder and tokenizer, which are those of the first model."""
     from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
     from transformers import CLIPTokenizer

@@ -21,7 +21,8 @@ def nodes(host: Host = HOST) -> list[Node]:
     found = sampling.nodes(host)
     for kind, make in (("sampler", partial(sampler_node, host=host)), ("reward", reward_node), ("schedule", schedule_node)):
         for name, cls in sorted(registered(kind).items()):
-            if (kind == "sampler" and not sampling.is_a_node(cls)) or hasattr(cls, "measured"):
+            nested = any("of" in f.metadata for f in getattr(cls, "__dataclass_fields__", {}).values())
+            if nested or (kind == "sampler" and not sampling.is_a_node(cls)) or hasattr(cls, "measured"):
                 continue
             try:
                 found.append(make(name, cls))

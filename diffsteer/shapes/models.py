@@ -17,6 +17,7 @@ SHARED = {
     "shapes-flow": {part: _OF_THE_FIRST[part] for part in ("vae", "tokenizer")},
     "shapes-motion": _OF_THE_FIRST,
 }
+NOISE = WEIGHTS / "noise-turbo" / "change.safetensors"  # of the few-step model, for its noise network
 CLIP = WEIGHTS / "clip"
 DEFAULTS = WEIGHTS / "defaults.json"
 

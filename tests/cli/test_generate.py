@@ -19,7 +19,7 @@ import diffsteer
 from diffsteer import SteeredPipeline, __version__, load_pipeline
 from diffsteer.config import build, register_schemas
 from diffsteer.registry import registered
-from diffsteer.rewards import Compressibility
+from diffsteer.rewards import ClipScore, Compressibility
 from diffsteer.rng import generator
 from diffsteer.samplers import BestOfN, FeynmanKac
 from diffsteer.shapes import models
@@ -130,12 +130,15 @@ def test_the_reference_settings_of_feynman_kac(command: Any) -> None:
 def test_each_option_is_its_class_with_its_own_defaults(kind: str, command: Any) -> None:
     register_schemas()
     needed: dict[str, Any] = {"stages": {"stages": ["fk"]}, "program": {"text": "area(red) > 0.1"}}
+    needed["rank_ensemble"] = {"rewards": ["clip", "compressibility"]}
     for name, cls in registered(kind).items():
         config = OmegaConf.create(command("generate", f"{kind}={name}", "--cfg", "job").out)
         given = needed.get(name, {})
         config[kind].merge_with(given)
         built = build(kind, config[kind])
-        assert type(built) is cls and repr(built) == repr(cls(**({"stages": (FeynmanKac(),)} if name == "stages" else given)))
+        both = {"rewards": [ClipScore(), Compressibility()]}
+        own: dict[str, Any] = {"stages": {"stages": (FeynmanKac(),)}, "rank_ensemble": both}
+        assert type(built) is cls and repr(built) == repr(cls(**own.get(name, given)))
 
 
 def test_hydras_own_flags(command: Any, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ FLOORS = [
     + ["guidance", "classifier_free", "schedules", "grids", "lineage", "correlation"],
     ["judging"],
     ["trial"],
-    ["draft", "staged", "found", "ground"],
+    ["draft", "staged", "found", "ground", "noise_network"],
     ["families"],
     ["tiny"],
     ["pipes", "embedded"],

@@ -237,7 +237,7 @@ def test_an_incumbent_is_ranked_with_the_newcomers() -> None:
 
 @pytest.mark.parametrize("rewards, weights", [([len], None), ([len, len], [1.0]), ([len, len], [1.0, -1.0])])
 def test_wrong_ensembles(rewards: list[Any], weights: Any) -> None:
-    with pytest.raises(DiffsteerError, match="ensemble"):
+    with pytest.raises(DiffsteerError, match="rank_ensemble"):
         RankEnsemble(rewards, weights)
 
 

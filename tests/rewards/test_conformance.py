@@ -24,6 +24,9 @@ MAKE: dict[str, Callable[[Path, Path], Reward]] = {
     "MotionConsistency": lambda clip, head: rewards.MotionConsistency(
         torch.linspace(0, 1, 4 * 3 * 24 * 24).sin().view(4, 3, 24, 24)
     ),
+    "RankEnsemble": lambda clip, head: rewards.RankEnsemble(
+        [rewards.ClipScore(f"local-dir:{clip}"), rewards.Compressibility()], (2.0, 1.0)
+    ),
     "Program": lambda clip, head: rewards.Program("all_of(brightness() > 0.9, edges() > 0.5, area(red) > 0.5)"),
 }
 
@@ -46,6 +49,10 @@ def test_reward(exported: str, clip_folder: Path, head_file: Path, images: Tenso
     assert bool((reward.range[0] <= scores).all()) and bool((scores <= reward.range[1]).all())
     assert len(set(scores.tolist())) > 1
 
+    if reward.pooled:  # a pool of each prompt's own, in which the order plays no part
+        back = torch.arange(4, -1, -1)
+        assert torch.equal(reward.score(images[back], [PROMPTS[i] for i in back], CTX)[back], scores)
+        return
     with torch.no_grad():
         for cut in (1, 2, 4):
             parts = [reward.score(images[i], p, CTX) for i, p in ((slice(cut), PROMPTS[:cut]), (slice(cut, 5), PROMPTS[cut:]))]

@@ -1,0 +1,148 @@
+"""Trains the noise network of the embedded few-step model: a low-rank change of the frozen generator that moves first noises.
+
+    python scripts/train_noise.py train --work DIR [--steps N]     goes on from its checkpoint   (1 h on one core)
+    python scripts/train_noise.py export --work DIR                into diffsteer/shapes/weights
+    python scripts/train_noise.py show --work DIR                  its gain, and that of optimising each image
+
+The objective is 0.5 |delta|^2 - SCALE reward, the reward being the miniature CLIP's score of what the few-step model makes of
+the moved noise; the generator, its decoder and CLIP are frozen. Captions are the training captions of the painter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench_quality import held_out, interval, judge, second_reward
+from shapes_training import train
+from torch import Tensor
+
+from diffsteer import SteeredPipeline, load_pipeline
+from diffsteer.noise_network import noise_network_of
+from diffsteer.rewards import ClipScore
+from diffsteer.samplers import RandomSearch, ReNO
+from diffsteer.shapes.models import NOISE
+from diffsteer.types import Context
+
+BATCH, RATE, SCALE, RANK = 24, 2e-3, 4.0, 8
+EMBEDDED = Context(1, 1, True)
+
+
+def fast() -> Any:
+    pipe = load_pipeline("shapes-turbo")
+    pipe.set_progress_bar_config(disable=True)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        part.requires_grad_(False)
+    return pipe
+
+
+class Chain:
+    """The few-step model as one differentiable function of noise and texts: the steps of its own scheduler."""
+
+    def __init__(self, pipe: Any) -> None:
+        from diffsteer.backend import DiffusersSession
+
+        self.pipe = pipe
+        session = DiffusersSession(pipe, ["a star"], particles=1, seed=0, eta=0.0, own=True)
+        self.levels, self.steps = session.levels, session.steps
+
+    def __call__(self, z: Tensor, words: Tensor) -> Tensor:
+        x = z
+        for at, to in zip(self.levels[:-1], self.levels[1:], strict=True):
+            s, t = float(at.sigma / (at.alpha + at.sigma)), float(to.sigma / (to.alpha + to.sigma))
+            velocity = self.pipe.unet(x, torch.full((len(x),), 1000 * s), encoder_hidden_states=words).sample
+            x = x + (t - s) * velocity
+        decoded: Tensor = self.pipe.vae.decode(x).sample
+        return (decoded / 2 + 0.5).clamp(0, 1)
+
+
+def stage_train(work: Path, steps: int) -> None:
+    torch.manual_seed(9)
+    pipe = fast()
+    network, chain, reward = noise_network_of(pipe, rank=RANK), Chain(pipe), ClipScore("shapes")
+    captions = (work / "captions.txt").read_text().split("\n")[:40_000]
+    log = (work / "noise.jsonl").open("a")
+
+    def loss_of(step: int) -> Tensor:
+        rng = np.random.default_rng((9, step))
+        texts = [captions[i] for i in rng.integers(0, len(captions), BATCH)]
+        z = torch.randn(BATCH, 4, 16, 16, generator=torch.Generator().manual_seed(9 * 10**6 + step))
+        delta = network.delta(z, texts)
+        words = torch.stack([network._texts[t] for t in texts])
+        scores = reward.score(chain(z + delta, words), texts, EMBEDDED)
+        square = delta.square().flatten(1).sum(1)
+        if step % 20 == 0:
+            print(
+                json.dumps({"step": step, "reward": scores.mean().item(), "square": square.mean().item()}), file=log, flush=True
+            )
+        return (0.5 * square - SCALE * scores).mean() / 100
+
+    train("noise", work, network, loss_of, steps, RATE)
+    network.load_state_dict(torch.load(work / "noise.ckpt", weights_only=True)["average"])
+    network.save(work / "noise.safetensors")
+
+
+def stage_export(work: Path) -> None:
+    NOISE.parent.mkdir(parents=True, exist_ok=True)
+    NOISE.write_bytes((work / "noise.safetensors").read_bytes())
+    print(NOISE.stat().st_size / 1e6, "MB")
+
+
+def stage_show(work: Path, iterations: int) -> None:
+    """Plain, one further evaluation, and optimisation of each image; same captions and noises."""
+    pipe, reward, second = fast(), ClipScore(), second_reward()
+    cases = held_out(20, 7)
+    texts, ids = [c["caption"] for c in cases], [c["id"] for c in cases]
+    path = work / "noise.safetensors" if (work / "noise.safetensors").exists() else NOISE
+    runs: dict[str, tuple[Any, Any]] = {
+        "plain": (RandomSearch(1), None),
+        "noise network": (RandomSearch(1), noise_network_of(pipe, path)),
+        f"ReNO, {iterations} iterations": (ReNO(iterations=iterations, rate=2.0), None),
+    }
+    found: dict[str, np.ndarray] = {}
+    print("| | reward | held-out reward | right | evaluations | seconds a case | share of the gain |")
+    print("|---|---|---|---|---|---|---|")
+    for name, (sampler, start) in runs.items():
+        began = time.perf_counter()
+        out = SteeredPipeline(pipe, sampler, reward, start=start, draft=False, chunk=24)(texts, seed=0, ids=ids)
+        seconds = (time.perf_counter() - began) / len(texts)
+        best = out.samples[torch.arange(len(texts)), out.chosen].float()
+        scores = out.rewards[torch.arange(len(texts)), out.chosen].numpy()
+        found[name] = scores
+        held = second.score(best, texts, EMBEDDED).numpy() if second else np.zeros(len(texts))
+        right = np.array([float(judge(s, t)) for s, t in zip(best, texts, strict=True)])
+        cells = ["{:.2f} ({:.2f}, {:.2f})".format(*interval(v, texts)) for v in (scores, held)]
+        cells.append("{:.3f} ({:.3f}, {:.3f})".format(*interval(right, texts)))
+        print(f"| {name} | {' | '.join(cells)} | {out.ledger.evaluations / len(texts):.1f} | {seconds:.2f} | "
+              f"{share(found, name)} |", flush=True)  # fmt: skip
+
+
+def share(found: dict[str, np.ndarray], name: str) -> str:
+    names = list(found)
+    if name != names[-1] or len(names) < 3:
+        return ""
+    plain, network, optimised = (found[n] for n in names)
+    draws = np.random.default_rng(0).integers(0, len(plain), (4000, len(plain)))
+    ratios = (network - plain)[draws].mean(1) / (optimised - plain)[draws].mean(1)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return f"network {(network - plain).mean() / (optimised - plain).mean():.2f} ({low:.2f}, {high:.2f})"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["train", "export", "show"])
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--iterations", type=int, default=50)
+    a = parser.parse_args()
+    if a.command == "train":
+        stage_train(a.work, a.steps)
+    elif a.command == "export":
+        stage_export(a.work)
+    else:
+        stage_show(a.work, a.iterations)
