@@ -20,7 +20,7 @@ demo: $(VENV)/installed  ## six prompts, plain and steered, on the embedded mode
 	$(BIN)/diffsteer generate
 
 test: $(VENV)/installed  ## everything but the slow proofs
-	$(BIN)/python -m pytest -q -m "not slow and not comfy"
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile -m "not slow and not comfy"
 
 test-slow: $(VENV)/installed  ## the slow proofs
 	$(BIN)/python -m pytest -q -m slow

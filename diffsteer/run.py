@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffsteer import media
+from diffsteer.diversity import Diversity, diversity, features_of
 from diffsteer.guidance import Guidance
 from diffsteer.guided import GuidedWalk
 from diffsteer.ledger import Ledger
@@ -54,6 +55,12 @@ class SteeredOutput:
     trace: Trace
     ledger: Ledger
 
+    @property
+    def diversity(self) -> list[Diversity]:
+        """Of each prompt's samples: how far apart they are, and how many different ones they amount to. Of pictures by their
+        colours on a coarse grid (`diffsteer.diversity.features_of`)."""
+        return [diversity(features_of(group)) for group in self.samples]
+
     def save(self, folder: str | Path, video: str = "gif") -> Path:
         """Write images (or videos, as GIF or MP4, or sounds), weights and trace into a folder (made if missing); return it."""
         folder = Path(folder)
@@ -78,6 +85,7 @@ class SteeredOutput:
                 }
                 for e in self.trace.events
             ],
+            "diversity": [d._asdict() for d in self.diversity],
             "searches": [found.facts() for found in self.trace.searches],
             "ledger": self.ledger.as_dict(),
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -276,6 +277,16 @@ def test_a_transition_of_ones_own_is_the_sessions() -> None:
 
     SteeredPipeline(MODEL, Steps(), reward, draft=False)(["a"], num_inference_steps=STEPS, seed=0)
     torch.testing.assert_close(*seen[0])
+
+
+def test_the_diversity_of_every_result_is_told(tmp_path: Any) -> None:
+    for sampler in (RandomSearch(4, diversity=0.0), BestOfN(4), FeynmanKac(4)):
+        options = {"draft": False} if isinstance(sampler, RandomSearch) else {}
+        out = SteeredPipeline(MODEL, sampler, reward, **options)(["a", "b"], num_inference_steps=4, seed=0)  # type: ignore[arg-type]
+        assert len(out.diversity) == 2 and all(1 <= d.vendi <= 4.001 for d in out.diversity)
+        kept = json.loads((out.save(tmp_path / sampler.name) / "run.json").read_text())
+        assert kept["diversity"][0]["distance"] == out.diversity[0].distance
+        assert len(kept["searches"]) == (2 if isinstance(sampler, RandomSearch) else 0)
 
 
 # ---------------------------------------------------------------------------------------------- gradients
