@@ -317,7 +317,8 @@ class DiffusersSession(ClipSession):
         if self.pulls is not None and stop == start + 1:
             found = pulls(self.shadow.scheduler, self._outputs, self.guidance_scale, self.experts, x, control.at)
             self.pulls[list(rows)] = found
-        self.history.keep(self.shadow.scheduler, rows, stop)
+        if stop < self.steps:  # nothing goes on from the end
+            self.history.keep(self.shadow.scheduler, rows, stop)
         self._stopped |= bool(getattr(self.shadow, "_interrupt", False))
         return Arrival(out[::count] if self.family.returns_states and out is not None else control.x, control.x0)
 

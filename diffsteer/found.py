@@ -46,7 +46,8 @@ class Found:
 
     Attributes:
         outcomes: the samples that are kept, the best first.
-        history: the best reward so far after so many evaluations, a point a gain: (evaluations, seconds, reward).
+        history: the best reward so far after so many evaluations, a point a gain: (evaluations, seconds, reward). Of drafts
+            it is theirs, and the last point the best final's.
         scored: finished samples in all. spent: by the trials, drafts and finals.
         diagnoses: of the kept samples' noises: are they still what the model was trained on?
         diversity: of the kept samples, and `pool_diversity` of the best ones that it was chosen from.

@@ -122,6 +122,10 @@ class SteeredPipeline:
         self.guide, self.start = guidance_of(guide, sampler), start
         self.budget, self.draft = budget, None
         if isinstance(sampler, Search):
+            if transition == "native":
+                raise DiffsteerError(
+                    f"{sampler.name} steps deterministically, or by diffsteer's transition: leave transition out"
+                )
             self.reward, self.draft = check_search(sampler, self.reward, self.guide), draft_of(draft, sampler)
         elif budget is not None or draft:
             raise DiffsteerError(f"{'budget' if budget else 'draft'}= has no effect: the sampler is no search")
@@ -276,7 +280,7 @@ class SteeredPipeline:
             ledger: Ledger | None = None,
         ) -> Session:
             pipe = self.pipe if model is None else model
-            mine = keys | {"ledger": ledger} | ({} if model is None else {"own": keys["own"] and search.cuts})
+            mine = keys | {"ledger": ledger, "own": self.own_transition(pipe)}
             length = {} if steps is None and model is not None else options if steps is None else {"num_inference_steps": steps}
             if isinstance(pipe, CallableModel):
                 if told["call"] or told["negative_prompt"] is not None:
@@ -296,13 +300,19 @@ class SteeredPipeline:
         found = (search, reward, self.budget, self.draft, asked, self.output, self.choice)
         return run_search(make, *found, to_images=to_images, watch=watch)
 
-    def own_transition(self) -> bool:
+    def own_transition(self, pipe: Any = None) -> bool:
         """Is the transition ours at eta = 0, too? A method with levels of its own wants single steps, and solvers that cannot
-        be cut have none; a search that goes on from states on the way wants one that remembers nothing."""
-        if isinstance(self.sampler, Search):
-            return self.sampler.cuts and self.transition == "own"
-        if not hasattr(self.sampler, "timing") or isinstance(self.pipe, CallableModel):
+        be cut have none; a search that goes on from states on the way wants one that remembers nothing, and every search a
+        deterministic one.
+
+        Args:
+            pipe: another one than the pipeline that is steered, for drafts.
+        """
+        pipe = self.pipe if pipe is None else pipe
+        searches = isinstance(self.sampler, Search)
+        if isinstance(pipe, CallableModel) or not (searches or hasattr(self.sampler, "timing")):
             return False
         from diffsteer.levels import cut_state
 
-        return self.transition == "own" and cut_state(self.pipe.scheduler) is None
+        cuts = isinstance(self.sampler, Search) and self.sampler.cuts
+        return self.transition == "own" and (cuts or cut_state(pipe.scheduler) is None)

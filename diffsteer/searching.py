@@ -15,13 +15,15 @@ from diffsteer.judging import ByDuel
 from diffsteer.trial import SLOTS, Arena, Asking, Outcome, Search, Trial
 from diffsteer.types import DiffsteerError
 
-POOL, POOL_OF_DUELS = 64, 6  # finished samples that are kept whole while searching
+POOL, POOL_OF_DUELS = 16, 6  # finished samples that are kept whole while searching, at least
 
 
 class _Run:
     """One prompt's search."""
 
-    def __init__(self, prompt: int, search: Search, ground: Ground, purse: Purse, starts: Sequence[Outcome]) -> None:
+    def __init__(
+        self, prompt: int, search: Search, ground: Ground, purse: Purse, starts: Sequence[Outcome], finalists: int
+    ) -> None:
         first = purse.slots
         self.prompt, self.search, self.ground, self.purse = prompt, search, ground, purse
         self.judge = ground.judge(prompt)
@@ -40,6 +42,7 @@ class _Run:
             drawn=first,
         )
         self.slots = first
+        self.whole = max(POOL, 2 * search.keep, 2 * finalists)
         self.asking: Asking = search.search(self.arena)
         self.trials: list[Trial] | None = None
         self.finished: list[Outcome] = []
@@ -124,7 +127,7 @@ class _Run:
         ordered = self.judge_order(outcomes)
         if isinstance(self.judge, ByDuel):
             return ordered[: max(POOL_OF_DUELS, self.search.keep)]
-        return [*ordered[:POOL], *(o if o.sample is None else _light(o) for o in ordered[POOL:])]
+        return [*ordered[: self.whole], *(o if o.sample is None else _light(o) for o in ordered[self.whole :])]
 
     def unfinished(self) -> list[Ask]:
         """Where the budget ended on the way: the best so far is brought to the end."""
@@ -167,7 +170,7 @@ def explore(
     if render is not None:
         for purse in purses:
             finalists = _reserve(purse, remake, render, finalists)
-    runs = [_Run(p, search, ground, purses[p], [] if starts is None else starts[p]) for p in range(count)]
+    runs = [_Run(p, search, ground, purses[p], [] if starts is None else starts[p], finalists) for p in range(count)]
     interrupted = False
     try:
         while True:
@@ -242,7 +245,7 @@ def _reserve(purse: Purse, remake: bool, render: Ground, finalists: int) -> int:
 
 def _found(run: _Run, gap: Gap | None = None) -> Found:
     """The best and the different ones of what is finished."""
-    pool = [o for o in run.finished if o.sample is not None][: max(POOL, run.search.keep)]
+    pool = [o for o in run.finished if o.sample is not None][: run.whole]
     features = features_of(torch.stack([o.sample for o in pool if o.sample is not None]))
     chosen = best_diverse(run.judge.values(pool), features, run.search.keep, run.search.diversity)
     kept = tuple(pool[i] for i in chosen)
@@ -273,10 +276,7 @@ def _rendered(runs: Sequence[_Run], render: Ground, finalists: int, remake: bool
     drafts: dict[tuple[int, int], Outcome] = {}
     for run in runs:
         run.purse.reserve = Cost()
-        whole = [o for o in run.finished if o.sample is not None][:POOL]
-        features = features_of(torch.stack([o.sample for o in whole if o.sample is not None]))
-        picked = best_diverse(run.judge.values(whole), features, finalists, run.search.diversity / 2)
-        for draft in (whole[i] for i in picked):
+        for draft in [o for o in run.finished if o.sample is not None][:finalists]:
             trial = _again(draft, render, remake)
             if asks and run.purse.affords(render.price(trial)) < 1 and any(p == run.prompt for p, _, _ in asks):
                 break

@@ -89,19 +89,20 @@ def stage_flow(work: Path) -> None:
     torch.save(train("flow", work, painter, loss_of, FLOW_STEPS, RATE).state_dict(), work / "flow.pt")
 
 
-def stage_export_flow(work: Path, out: Path = MODELS["shapes-flow"]) -> None:
-    """Without autoencoder and tokenizer, which are those of the first model; `load_pipeline` puts them in."""
+def export_painter(weights: Path, scheduler: dict[str, Any], out: Path) -> None:
+    """A painter of flows as a pipeline, without autoencoder and tokenizer, which are those of the first model; `load_pipeline`
+    puts them in."""
     from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
     from transformers import CLIPTokenizer
 
     painter = first_painter()
-    painter.load_state_dict(torch.load(work / "flow.pt", weights_only=True))
+    painter.load_state_dict(torch.load(weights, weights_only=True))
     pipe = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(WEIGHTS / "sd" / "vae"),
         text_encoder=painter.text_encoder,
         tokenizer=CLIPTokenizer.from_pretrained(TOKENIZER),
         unet=painter.unet,
-        scheduler=DPMSolverMultistepScheduler(**FLOW),
+        scheduler=DPMSolverMultistepScheduler(**scheduler),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -113,3 +114,7 @@ def stage_export_flow(work: Path, out: Path = MODELS["shapes-flow"]) -> None:
     config = out / "text_encoder" / "config.json"  # as in the first model: a plain load would keep half precision here alone
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2))
     print(sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6, "MB")
+
+
+def stage_export_flow(work: Path, out: Path = MODELS["shapes-flow"]) -> None:
+    export_painter(work / "flow.pt", FLOW, out)

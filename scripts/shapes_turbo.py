@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from shapes_flow import FLOW, TOKENIZER, first_painter
+from shapes_flow import FLOW, TOKENIZER, export_painter, first_painter
 from shapes_training import tokenize, train
 from torch import Tensor
 
@@ -82,26 +80,4 @@ def stage_turbo(work: Path) -> None:
 
 
 def stage_export_turbo(work: Path, out: Path = WEIGHTS / "sd-turbo") -> None:
-    """Without autoencoder and tokenizer, which are those of the first model."""
-    from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
-    from transformers import CLIPTokenizer
-
-    painter = first_painter()
-    painter.load_state_dict(torch.load(work / "turbo.pt", weights_only=True))
-    pipe = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(WEIGHTS / "sd" / "vae"),
-        text_encoder=painter.text_encoder,
-        tokenizer=CLIPTokenizer.from_pretrained(TOKENIZER),
-        unet=painter.unet,
-        scheduler=DPMSolverMultistepScheduler(**TURBO),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    shutil.rmtree(out, ignore_errors=True)
-    pipe.to(torch.float16).save_pretrained(out, safe_serialization=True)
-    for name in ("vae", "tokenizer"):
-        shutil.rmtree(out / name)
-    config = out / "text_encoder" / "config.json"  # as in the first model: a plain load would keep half precision here alone
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2))
-    print(sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6, "MB")
+    export_painter(work / "turbo.pt", TURBO, out)

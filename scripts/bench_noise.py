@@ -1,0 +1,112 @@
+"""Optimise on the fast model, render on the full one: does it reach the score of optimising the full model, in what time?
+
+    python scripts/bench_noise.py run --work DIR [--cases 30] [--iterations 50]      resumes
+    python scripts/bench_noise.py table --work DIR
+
+ReNO maximises the miniature CLIP's score of each case, once through all steps of the full model, once through the few steps of
+`shapes-turbo`, whose best noises are rendered on the full model and ranked there. Both start from the same noise. What is
+compared is the score of the full model's picture after so many seconds, the render in it. `clip2` and the checker look on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench_quality import held_out, interval, judge, second_reward
+
+from diffsteer import SteeredPipeline, load_pipeline
+from diffsteer.draft import Draft
+from diffsteer.found import Progress
+from diffsteer.rewards import ClipScore
+from diffsteer.samplers import RandomSearch, ReNO
+from diffsteer.types import Context
+
+EMBEDDED = Context(1, 1, True)
+FAST = (5, 10, 20, 30, 50)  # iterations of the fast model, each a run of its own
+
+
+def run(work: Path, cases: int, iterations: int, rate: float) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / "noise.jsonl"
+    done = {(r["method"], r["id"]) for r in map(json.loads, path.read_text().splitlines())} if path.exists() else set()
+    full, fast = load_pipeline("shapes"), load_pipeline("shapes-turbo")
+    for pipe in (full, fast):
+        pipe.set_progress_bar_config(disable=True)
+    reward, second = ClipScore(), second_reward()
+    runs: dict[str, tuple[Any, Any]] = {"plain": (RandomSearch(1), False)}
+    shared: dict[str, Any] = {"rate": rate, "patience": 0, "checkpoint": False}
+    for n in FAST:
+        runs[f"fast, {n}"] = (ReNO(iterations=n, **shared), Draft(model=fast, finalists=1))
+    runs[f"full, {iterations}"] = (ReNO(iterations=iterations, **shared), False)
+    with path.open("a") as sink:
+        for case in held_out(-(-cases // 6), 7)[:cases]:
+            for method, (sampler, draft) in runs.items():
+                if (method, case["id"]) in done:
+                    continue
+                marks: list[tuple[float, float]] = []
+                began = time.perf_counter()
+
+                def watch(p: Progress, marks: list[tuple[float, float]] = marks, began: float = began) -> None:
+                    marks.append((time.perf_counter() - began, p.best[0]))
+
+                steered = SteeredPipeline(full, sampler, reward, draft=draft)
+                out = steered([case["caption"]], seed=0, ids=[case["id"]], watch=watch)
+                best = out.samples[:, 0].float()
+                record = case | {
+                    "method": method,
+                    "seconds": out.ledger.seconds["total"],
+                    "reward": out.rewards[0, 0].item(),
+                    "second": second.score(best, [case["caption"]], EMBEDDED).item() if second else None,
+                    "right": judge(best[0], case["caption"]),
+                    "evaluations": out.ledger.evaluations,
+                    "backwards": out.ledger.backwards,
+                    "marks": marks,
+                    "off": out.trace.searches[0].diagnoses[0].worst,
+                    "gap": out.trace.searches[0].gap.mean if out.trace.searches[0].gap else None,
+                }
+                sink.write(json.dumps(record) + "\n")
+                sink.flush()
+                print(method, case["id"], f"{record['reward']:.2f} {record['seconds']:.2f} s", flush=True)
+
+
+def table(work: Path) -> None:
+    records = [json.loads(line) for line in (work / "noise.jsonl").read_text().splitlines()]
+    by: dict[str, dict[str, Any]] = {}
+    for r in records:
+        by.setdefault(r["method"], {})[r["id"]] = r
+    whole = next(m for m in by if m.startswith("full"))
+    ids = [i for i in by[whole] if all(i in rows for rows in by.values())]
+    texts = [by[whole][i]["caption"] for i in ids]
+    print("| | score (95 %) | held-out | right | seconds (median) | of the full optimisation's time | ahead of its score |")
+    print("|---|---|---|---|---|---|---|")
+    for method, rows in by.items():
+        score = np.array([rows[i]["reward"] for i in ids])
+        ratio = np.array([rows[i]["seconds"] / by[whole][i]["seconds"] for i in ids])
+        ahead = score - np.array([by[whole][i]["reward"] for i in ids])
+        cells = [
+            "{:.2f} ({:.2f}, {:.2f})".format(*interval(score, texts)),
+            f"{np.mean([rows[i]['second'] for i in ids]):.2f}",
+            f"{np.mean([rows[i]['right'] for i in ids]):.2f}",
+            f"{np.median([rows[i]['seconds'] for i in ids]):.2f}",
+            f"{np.median(ratio):.3f}",
+            "{:+.2f} ({:+.2f}, {:+.2f})".format(*interval(ahead, texts)),
+        ]
+        print(f"| {method} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["run", "table"])
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--cases", type=int, default=30)
+    parser.add_argument("--iterations", type=int, default=50)
+    parser.add_argument("--rate", type=float, default=2.0)
+    a = parser.parse_args()
+    torch.set_num_threads(1)
+    run(a.work, a.cases, a.iterations, a.rate) if a.command == "run" else table(a.work)
