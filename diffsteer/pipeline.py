@@ -123,9 +123,7 @@ class SteeredPipeline:
         self.budget, self.draft = budget, None
         if isinstance(sampler, Search):
             if transition == "native":
-                raise DiffsteerError(
-                    f"{sampler.name} steps deterministically, or by diffsteer's transition: leave transition out"
-                )
+                raise DiffsteerError(f"{sampler.name} goes with no solver that draws noise of its own: leave transition out")
             self.reward, self.draft = check_search(sampler, self.reward, self.guide), draft_of(draft, sampler)
         elif budget is not None or draft:
             raise DiffsteerError(f"{'budget' if budget else 'draft'}= has no effect: the sampler is no search")

@@ -121,3 +121,22 @@ def test_on_the_embedded_model_drafts_find_what_full_chains_find() -> None:
     )
     seconds = SteeredPipeline(pipe, RandomSearch(6), Compressibility()).estimate(1, 8, rehearse="a star")
     assert seconds.seconds["denoiser"] > 0 and seconds.peak_memory > 0
+
+
+@pytest.mark.parametrize(
+    "scheduler", ["EulerAncestralDiscreteScheduler", "LCMScheduler", "DPMSolverMultistepScheduler", "DDIMScheduler"]
+)
+def test_a_noise_makes_the_same_picture_again_whatever_the_scheduler(scheduler: str) -> None:
+    """Solvers that draw noise are replaced by the deterministic transition; those that remember their steps are kept."""
+    import diffusers
+
+    pipe = load_pipeline("shapes")
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    steered = SteeredPipeline(pipe, RandomSearch(3), Compressibility(), draft=Draft(steps=6, finalists=3))
+    found = steered("a red circle", num_inference_steps=6, seed=1).trace.searches[0]
+    assert found.gap is not None and found.gap.drafts == pytest.approx(found.gap.finals, abs=1e-3)
+
+
+def test_a_solver_with_noise_of_its_own_is_refused() -> None:
+    with pytest.raises(DiffsteerError, match="noise of its own"):
+        SteeredPipeline(load_pipeline("shapes"), RandomSearch(2), Compressibility(), transition="native")
