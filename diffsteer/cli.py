@@ -114,7 +114,8 @@ def _generate(argv: list[str]) -> int:
 
 
 def _tune(argv: list[str]) -> int:
-    from diffsteer.config import Tuning, quoted
+    from diffsteer.config import Tuning
+    from diffsteer.overrides import quoted
 
     own = ["hydra.job.name=tune", f"hydra.help.header={quoted(TUNE_HELP)}"]
     return _composed("tune", [*own, *argv], Tuning, _tune_job)
@@ -125,7 +126,8 @@ def _composed(command: str, argv: list[str], keys: type[Config], job: Callable[[
     global _exits, _started
     import hydra
 
-    from diffsteer.config import for_hydra, register_schemas
+    from diffsteer.config import register_schemas
+    from diffsteer.overrides import for_hydra
     from diffsteer.types import DiffsteerError
 
     _started = time.time()

@@ -15,19 +15,17 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from diffsteer import __version__
-from diffsteer.fingerprint import exists, fingerprints
+from diffsteer.fingerprint import fingerprints
 from diffsteer.registry import find, nearest, registered
 from diffsteer.types import DiffsteerError
 
-VERBATIM = ("prompt", "negative_prompt", "reward.text")
-OPEN = ("call", "tune.parameters", "draft.call")  # mappings that take any key
 GROUPS = ("sampler", "reward")  # of the registry, that can be configured
+_WITH_FILES = ("model", "reward", "decoder", "reference", "draft", "noise_network")  # keys that may name some
 # Keys that do not change what a prompt's result is. `chunk` does in a deterministic run, where every block has that size.
 _WITHOUT_EFFECT = ("prompt", "prompts", "out", "batch")
 
@@ -88,6 +86,8 @@ class Config:
         device: None for the accelerator if there is one.
         guide: gradient guidance beside a sampler that selects, one of the samplers that guide.
         budget: what a search may spend. draft: what it runs on before the best few are made in full.
+        noise_network: a trained change of the model (of the drafts' model, where there is one) that moves first noises: a file,
+            or shapes-turbo for the one that ships.
         schedule: where to put the steps, in the place of the model's own grid; or in numbers, `sigmas` or `timesteps`.
     """
 
@@ -119,6 +119,7 @@ class Config:
     device: str | None = None
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     draft: DraftConfig = field(default_factory=DraftConfig)
+    noise_network: str | None = None
 
 
 @dataclass
@@ -234,7 +235,7 @@ def settings(config: DictConfig, **more: Any) -> tuple[dict[str, Any], str]:
     values = OmegaConf.to_container(config, resolve=True)
     assert isinstance(values, dict)
     left_out = _WITHOUT_EFFECT if config.deterministic else (*_WITHOUT_EFFECT, "chunk")
-    named = {key: values[key] for key in ("model", "reward", "decoder", "reference") if config.get(key) is not None}
+    named = {key: values[key] for key in _WITH_FILES if config.get(key) is not None}
     files = fingerprints(named, Path(config.out))
     kept = {str(k): v for k, v in values.items() if k not in left_out} | {"version": __version__, "files": files} | more
     return kept, hashlib.sha256(json.dumps(kept, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
@@ -247,76 +248,6 @@ def as_yaml(config: Any) -> str:
     if "\x85" in text:
         text = yaml.safe_dump(OmegaConf.to_container(config), default_style='"', sort_keys=False)
     return text
-
-
-def for_hydra(argv: list[str]) -> list[str]:
-    """Rewrite what a person types into what Hydra's grammar takes: texts verbatim, ``model=PATH``."""
-    rewritten = []
-    for arg in argv:
-        key, equals, value = arg.partition("=")
-        if arg.startswith("-"):
-            rewritten.append(arg)
-        elif equals and not key.strip("+~"):
-            raise DiffsteerError(f"{arg!r} has no key: wanted key=value")
-        elif equals and (key in OPEN or key.startswith(tuple(f"{o}." for o in OPEN))):
-            rewritten.append(f"++{arg}")
-        elif equals and key == "prompts" and not value:
-            raise DiffsteerError("prompts= names no file")
-        elif equals and key == "out" and not value:
-            raise DiffsteerError("out= names no folder")
-        elif equals and key.lstrip("+") in VERBATIM:
-            rewritten.append(f"{key}={quoted(value)}")
-        elif equals and key in ("model", "sampler", "reward", "guide", "schedule") and value in ("", "null"):
-            raise DiffsteerError(f"{key}={value} is no option{nearest(value, _options(key))}")
-        elif equals and key == "reward" and "(" in value:  # a program
-            rewritten += ["reward=program", f"reward.text={quoted(value)}"]
-        elif equals and key == "model" and _is_path(value, argv):
-            rewritten += ["model=path", f"model.path={quoted(value)}"]
-        elif equals and (key == "prompts" and _names_a_file(value) or not _parses(arg)):
-            rewritten.append(f"{key}={quoted(value)}")  # a file's name may hold what Hydra's grammar reads otherwise
-        else:
-            rewritten.append(arg)
-    return rewritten
-
-
-def _parses(arg: str) -> bool:
-    try:
-        OverridesParser.create().parse_override(arg)
-    except HydraException:
-        return False
-    return True
-
-
-def _names_a_file(value: str) -> bool:
-    """One file, there or not; no sweep over several, no text quoted for Hydra, no interpolation."""
-    return exists(value) or not (set(value) & set(",'\"") or "${" in value)
-
-
-def _options(group: str) -> list[str]:
-    shipped = [f.stem for f in (Path(__file__).parent / "configs" / group).glob("*.yaml")]
-    return sorted({*shipped, *(registered(group) if group in (*GROUPS, "schedule") else ())})
-
-
-def quoted(text: str) -> str:
-    """A text as a quoted value of Hydra's grammar that comes out unchanged.
-
-    OmegaConf reads ``${`` as an interpolation, and takes backslashes before it for escapes; Hydra those before a quote. A bare
-    ``???`` would mean a missing value and has no escape, so its first letter becomes an interpolation.
-    """
-    text = re.sub(r"(\\*)\$\{", lambda m: 2 * m[1] + r"\${", text) if text != MISSING else "${oc.decode:\"'?'\"}??"
-    return "'" + re.sub(r"(\\*)('|\Z)", lambda m: 2 * m[1] + (r"\'" if m[2] else ""), text) + "'"
-
-
-def _is_path(value: str, argv: list[str]) -> bool:
-    folders = [Path(__file__).parent / "configs"]
-    for flag, after in zip(argv, [*argv[1:], ""], strict=True):
-        if flag in ("--config-dir", "-cd"):
-            folders.append(Path(after))
-        elif flag.startswith("--config-dir="):
-            folders.append(Path(flag.partition("=")[2]))
-    if any((folder / "model" / f"{value}.yaml").is_file() for folder in folders):
-        return False
-    return "/" in value or (exists(value) and Path(value).is_dir())
 
 
 def explain(error: BaseException) -> str:

@@ -34,7 +34,17 @@ from diffsteer.search_run import check_search
 from diffsteer.selection import check_inputs
 from diffsteer.shapes.models import MODELS, digest, is_embedded
 from diffsteer.sheet import first_frame, sheet
-from diffsteer.told import budget_of, call_of, draft_told, given_call, rewarded, schedule_of, steered_of
+from diffsteer.told import (
+    budget_of,
+    call_of,
+    check_network,
+    draft_told,
+    given_call,
+    network_told,
+    rewarded,
+    schedule_of,
+    steered_of,
+)
 from diffsteer.trial import Search
 from diffsteer.types import Context, DiffsteerError, Info, Sampler
 
@@ -78,6 +88,7 @@ def generate_folder(config: DictConfig, out: Path, shown: str) -> None:
     guide = build("guide", config.guide)
     guidance_of(guide, sampler)
     budget, draft = _search_of(config, sampler, reward, guide)
+    check_network(config, sampler)
     check_schedule(build("schedule", config.schedule), sampler is not None, config.transition)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     own = {"weights": digest(config.model.path)} if config.model.path in MODELS else {}
@@ -97,6 +108,7 @@ def generate_folder(config: DictConfig, out: Path, shown: str) -> None:
     draft = draft_told(config, device) if todo and config.draft.model is not None else draft
     if pipe is not None and reward is not None:  # a prompt that cannot be scored is refused before any other is done
         reward.prepare([item.prompt for item in folder.missing], Context(embedded=is_embedded(pipe)))
+    start = start if pipe is None or config.noise_network is None else network_told(config, pipe, draft)
     schedule = None if pipe is None else schedule_of(config, pipe, [i.prompt for i in items], out, digested)
     for f, method in runs.values():
         steers = method is sampler  # the other of a demonstration is plain

@@ -88,5 +88,10 @@ def proposal_of(name: str) -> Proposal:
 
 
 def cross(a: Tensor, b: Tensor, weight: float) -> Tensor:
-    """A child of two independent noises: ``sqrt(w) a + sqrt(1 - w) b``, standard normal again."""
-    return (math.sqrt(weight) * a.double() + math.sqrt(1 - weight) * b.double()).to(a.dtype)
+    """A child of two noises: ``sqrt(w) a + sqrt(1 - w) b``, standard normal if they are independent; of relatives, whose cosine
+    is beyond chance, divided by what that adds to the variance (a child of twins is the twin)."""
+    x, y = a.double(), b.double()
+    cosine = float((x * y).sum() / (x.norm() * y.norm()).clamp(min=1e-12))
+    related = cosine if abs(cosine) > 4 / math.sqrt(a.numel()) else 0.0
+    size = math.sqrt(max(1 + 2 * math.sqrt(weight * (1 - weight)) * related, 1e-12))
+    return ((math.sqrt(weight) * x + math.sqrt(1 - weight) * y) / size).to(a.dtype)

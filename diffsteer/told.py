@@ -15,10 +15,12 @@ from diffsteer.draft import DEFAULT, Draft
 from diffsteer.grids import explicit
 from diffsteer.measured import settled
 from diffsteer.media import as_clip
+from diffsteer.noise_network import noise_network_of
 from diffsteer.pipeline import SteeredPipeline, load_pipeline
 from diffsteer.registry import find, nearest, registered
 from diffsteer.reward import Reward
 from diffsteer.schedules import Schedule
+from diffsteer.shapes.models import NOISE
 from diffsteer.start import NoiseTransform, ReferenceNoise
 from diffsteer.types import DiffsteerError, Sampler
 
@@ -104,6 +106,30 @@ def draft_told(config: DictConfig, device: str | None = None) -> Draft | bool | 
     elif not {"steps", "share"} & set(given):
         given["share"] = DEFAULT.share
     return Draft(**given)
+
+
+def network_told(config: DictConfig, pipe: Any, draft: Draft | bool | None) -> NoiseTransform | None:
+    """The noise network that a configuration names, None where it names none.
+
+    Raises:
+        DiffsteerError: a pipeline that can have none, or a file that is none.
+    """
+    if config.noise_network is None:
+        return None
+    path = NOISE if config.noise_network == "shapes-turbo" else config.noise_network
+    return noise_network_of(draft.model if isinstance(draft, Draft) and draft.model is not None else pipe, path)
+
+
+def check_network(config: DictConfig, sampler: Any) -> None:
+    """Refuse a noise network that nothing would use.
+
+    Raises:
+        DiffsteerError: without a sampler, or beside a reference's share of the noise.
+    """
+    if config.noise_network is not None and sampler is None:
+        raise DiffsteerError("noise_network wants a sampler, whose noise is keyed, such as sampler=random_search")
+    if config.noise_network is not None and config.reference_share:
+        raise DiffsteerError("noise_network and reference_share both change the first noise: give one of them")
 
 
 def _model(path: str, device: str, dtype: str) -> Any:

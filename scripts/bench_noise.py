@@ -31,7 +31,7 @@ EMBEDDED = Context(1, 1, True)
 FAST = (5, 10, 20, 30, 50)  # iterations of the fast model, each a run of its own
 
 
-def run(work: Path, cases: int, iterations: int, rate: float) -> None:
+def run(work: Path, cases: int, iterations: int, rate: float, development: bool) -> None:
     work.mkdir(parents=True, exist_ok=True)
     path = work / "noise.jsonl"
     done = {(r["method"], r["id"]) for r in map(json.loads, path.read_text().splitlines())} if path.exists() else set()
@@ -45,7 +45,7 @@ def run(work: Path, cases: int, iterations: int, rate: float) -> None:
         runs[f"fast, {n}"] = (ReNO(iterations=n, **shared), Draft(model=fast, finalists=1))
     runs[f"full, {iterations}"] = (ReNO(iterations=iterations, **shared), False)
     with path.open("a") as sink:
-        for case in held_out(-(-cases // 6), 7)[:cases]:
+        for case in held_out(-(-cases // 6), 6 if development else 7)[:cases]:
             for method, (sampler, draft) in runs.items():
                 if (method, case["id"]) in done:
                     continue
@@ -107,6 +107,7 @@ if __name__ == "__main__":
     parser.add_argument("--cases", type=int, default=30)
     parser.add_argument("--iterations", type=int, default=50)
     parser.add_argument("--rate", type=float, default=2.0)
+    parser.add_argument("--development", action="store_true")
     a = parser.parse_args()
     torch.set_num_threads(1)
-    run(a.work, a.cases, a.iterations, a.rate) if a.command == "run" else table(a.work)
+    run(a.work, a.cases, a.iterations, a.rate, a.development) if a.command == "run" else table(a.work)

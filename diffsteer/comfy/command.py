@@ -89,7 +89,8 @@ def _graph(argv: list[str]) -> int:
 def _composed(overrides: list[str]) -> Any:
     import hydra
 
-    from diffsteer.config import for_hydra, register_schemas
+    from diffsteer.config import register_schemas
+    from diffsteer.overrides import for_hydra
 
     register_schemas()
     with hydra.initialize_config_module("diffsteer.configs", version_base="1.3"):

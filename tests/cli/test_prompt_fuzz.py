@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from diffsteer.batch import Folder, as_items
-from diffsteer.config import as_yaml, for_hydra, register_schemas
+from diffsteer.config import as_yaml, register_schemas
+from diffsteer.overrides import for_hydra
 
 EXAMPLES = [
     "", " ", "  two  blanks ", "${oc.env:HOME}", "\\${x}", "\\\\${x}", "${", "$", "}", "${a}'${b}\\", "a,b", "a, b", "x=(1)",

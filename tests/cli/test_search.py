@@ -94,6 +94,8 @@ def test_a_program_is_a_reward_as_it_stands(command: Any, toy_folder: Path, tmp_
     (("sampler=reno",), "compressibility has none"),
     (("sampler=random_search", "reward=area(red) >"), "program: it ends where"),
     (("sampler=random_search", "guide=mpgd"), "no gradient guidance"),
+    (("sampler=none", "noise_network=x"), "noise_network wants a sampler"),
+    (("sampler=random_search", "noise_network=nowhere.safetensors"), "noise network nowhere.safetensors"),
 ])  # fmt: skip
 def test_what_is_refused_in_a_line(command: Any, toy_folder: Path, more: tuple[str, ...], said: str) -> None:
     result = run(command, f"model={toy_folder}", *more)

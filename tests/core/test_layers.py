@@ -46,7 +46,8 @@ FLOORS = [
     ["profiles"],
     ["measured"],
     ["sheet"],
-    ["registry", "config", "batch", "listing", "told", "generate", "cli", "__main__"] + ["ranges", "tuning", "tuned", "tune"],
+    ["registry", "config", "overrides", "batch", "listing", "told", "generate", "cli", "__main__"]
+    + ["ranges", "tuning", "tuned", "tune"],
 ]
 FACES = {"pipeline", "dropin", "cli", "generate", "batch", "config", "registry"}
 

@@ -97,6 +97,9 @@ def test_large_half_precision_noise_does_not_overflow() -> None:
 def test_children_of_two_are_standard_normal() -> None:
     a, b = noise(100_000), noise(100_000, seed=1)
     assert float(cross(a, b, 0.3).var()) == pytest.approx(1, abs=0.02)
+    torch.testing.assert_close(cross(a, a, 0.5), a)
+    for step in (0.2, 0.6):  # of relatives
+        assert float(cross(a, mix(a, b, step), 0.5).var()) == pytest.approx(1, abs=0.02)
     assert torch.equal(mix(a, b, 0.0), a)
 
 

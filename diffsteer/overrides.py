@@ -1,0 +1,88 @@
+"""What a person types, as what Hydra's grammar takes: texts verbatim, paths and programs as the keys that they stand for."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import MISSING
+
+from diffsteer.config import GROUPS
+from diffsteer.fingerprint import exists
+from diffsteer.registry import nearest, registered
+from diffsteer.types import DiffsteerError
+
+VERBATIM = ("prompt", "negative_prompt", "reward.text")
+OPEN = ("call", "tune.parameters", "draft.call")  # mappings that take any key
+
+
+def for_hydra(argv: list[str]) -> list[str]:
+    """Rewrite what a person types into what Hydra's grammar takes: texts verbatim, ``model=PATH``."""
+    rewritten = []
+    for arg in argv:
+        key, equals, value = arg.partition("=")
+        if arg.startswith("-"):
+            rewritten.append(arg)
+        elif equals and not key.strip("+~"):
+            raise DiffsteerError(f"{arg!r} has no key: wanted key=value")
+        elif equals and (key in OPEN or key.startswith(tuple(f"{o}." for o in OPEN))):
+            rewritten.append(f"++{arg}")
+        elif equals and key == "prompts" and not value:
+            raise DiffsteerError("prompts= names no file")
+        elif equals and key == "out" and not value:
+            raise DiffsteerError("out= names no folder")
+        elif equals and key.lstrip("+") in VERBATIM:
+            rewritten.append(f"{key}={quoted(value)}")
+        elif equals and key in ("model", "sampler", "reward", "guide", "schedule") and value in ("", "null"):
+            raise DiffsteerError(f"{key}={value} is no option{nearest(value, _options(key))}")
+        elif equals and key == "reward" and "(" in value:  # a program
+            rewritten += ["reward=program", f"reward.text={quoted(value)}"]
+        elif equals and key == "model" and _is_path(value, argv):
+            rewritten += ["model=path", f"model.path={quoted(value)}"]
+        elif equals and (key == "prompts" and _names_a_file(value) or not _parses(arg)):
+            rewritten.append(f"{key}={quoted(value)}")  # a file's name may hold what Hydra's grammar reads otherwise
+        else:
+            rewritten.append(arg)
+    return rewritten
+
+
+def _parses(arg: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(arg)
+    except HydraException:
+        return False
+    return True
+
+
+def _names_a_file(value: str) -> bool:
+    """One file, there or not; no sweep over several, no text quoted for Hydra, no interpolation."""
+    return exists(value) or not (set(value) & set(",'\"") or "${" in value)
+
+
+def _options(group: str) -> list[str]:
+    shipped = [f.stem for f in (Path(__file__).parent / "configs" / group).glob("*.yaml")]
+    return sorted({*shipped, *(registered(group) if group in (*GROUPS, "schedule") else ())})
+
+
+def quoted(text: str) -> str:
+    """A text as a quoted value of Hydra's grammar that comes out unchanged.
+
+    OmegaConf reads ``${`` as an interpolation, and takes backslashes before it for escapes; Hydra those before a quote. A bare
+    ``???`` would mean a missing value and has no escape, so its first letter becomes an interpolation.
+    """
+    text = re.sub(r"(\\*)\$\{", lambda m: 2 * m[1] + r"\${", text) if text != MISSING else "${oc.decode:\"'?'\"}??"
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda m: 2 * m[1] + (r"\'" if m[2] else ""), text) + "'"
+
+
+def _is_path(value: str, argv: list[str]) -> bool:
+    folders = [Path(__file__).parent / "configs"]
+    for flag, after in zip(argv, [*argv[1:], ""], strict=True):
+        if flag in ("--config-dir", "-cd"):
+            folders.append(Path(after))
+        elif flag.startswith("--config-dir="):
+            folders.append(Path(flag.partition("=")[2]))
+    if any((folder / "model" / f"{value}.yaml").is_file() for folder in folders):
+        return False
+    return "/" in value or (exists(value) and Path(value).is_dir())
