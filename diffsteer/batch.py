@@ -148,7 +148,7 @@ class Folder:
         counts = {name: counted[name] // len(items) for name in _COUNTS if counted[name] or name not in _RARE}
         folder, suffix = media.kind(images[0], self.video)
         (self.path / folder).mkdir(parents=True, exist_ok=True)
-        lines = []
+        lines, diversities = [], out.diversity if per > 1 else []
         for p, item in enumerate(items):
             chosen, stem, texts = int(out.chosen[p]), f"{folder}/{item.name}", self.texts(item)
             pairs = zip(out.rewards[p], out.log_weights[p], strict=True)
@@ -163,11 +163,14 @@ class Folder:
             exponent = finite(out.trace.events[-1].exponent[p]) if out.trace.events else None
             entry |= {"log_z": finite(out.log_z[p]), "exponent": exponent}
             mine = counts
+            if per > 1:
+                entry["diversity"] = diversities[p]._asdict()
             if out.trace.searches:  # each prompt its own
                 found = out.trace.searches[p]
                 entry["search"] = found.facts()
-                spent = {"evaluations": found.spent.evals, "decodes": found.spent.decodes}
-                mine = counts | spent | {"reward_calls": found.spent.reward_calls}
+                mine = counts | {"evaluations": found.spent.evals, "reward_calls": found.spent.reward_calls}
+                if not counted["tiny_decodes"]:
+                    mine["decodes"] = found.spent.decodes
             entry |= {"ledger": mine, "settings": self.settings_hash}
             if output == "all" and len(images) == len(items) * per:
                 names = [f"{stem}_{k:02d}{suffix}" for k in range(per)]

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-from diffsteer.ledger import Ledger
 from diffsteer.types import DiffsteerError, check_numbers
 
 
@@ -32,10 +31,13 @@ class Budget:
     The counts are those of one prompt, so that no prompt's result depends on the others; the seconds are those of the whole
     call. Without a budget a search spends what its own parameters say; with one it goes on until the budget is spent.
 
+    A `choice=` reward, which looks at what is kept, comes on top.
+
     Args:
         evals: rows through the denoiser (with classifier-free guidance a step is two), rows that are computed again for a
             gradient included. The pass back is not in it: the ledger tells `backwards`, each about two evaluations' worth.
-        seconds: wall time. It is kept by predicting what is asked for next from what was measured.
+        seconds: wall time. It is kept by predicting what is asked for next from what was measured; one sample a prompt is made
+            in any case.
         reward_calls, decodes: samples scored and decoded.
 
     Raises:
@@ -60,37 +62,53 @@ class Budget:
 
 
 class Stopwatch:
-    """The seconds of a call, and what the next ones will take, from what the ledger has measured.
+    """The seconds of a call, and what the next ones will take, from what rounds took so far.
 
-    Args:
-        limit: seconds, None for no limit. now: the clock.
+    Attributes:
+        limit: seconds, None for no limit. prompts: which share the time.
+        reserved: seconds that are kept for the finals. final: what one of them took, once it is known.
+        pending: evaluations that were granted since the last round.
     """
 
-    def __init__(self, limit: float | None, ledger: Ledger, now: Callable[[], float] = time.perf_counter) -> None:
-        self.limit, self.ledger, self.now = limit, ledger, now
-        self.began = now()
-        self.evals = self.pending = 0  # of trials that were carried out, and of those that were granted since
-        self.prompts = 1  # which share the time
+    def __init__(self, limit: float | None, now: Callable[[], float] = time.perf_counter) -> None:
+        self.limit, self.now, self.began = limit, now, now()
+        self.prompts, self.pending, self.reserved = 1, 0, 0.0
+        self.final: float | None = None
+        self._begun = False  # what the first round loads and warms up is in its time
+        self._later: tuple[int, float] = (0, 0.0)
 
     @property
     def elapsed(self) -> float:
         return self.now() - self.began
 
-    def fits(self, cost: Cost, reserve: Cost, until: float = 1.0) -> int:
-        """How many of a cost, one after another, still fit before what is reserved, within a share of the time; one, as long as
-        nothing is measured."""
+    @property
+    def measured(self) -> bool:
+        """Is it known what a round takes?"""
+        return self._later[0] > 0
+
+    def note(self, evals: int, seconds: float) -> None:
+        """A round took so long."""
+        self.pending = 0
+        if self._begun:
+            self._later = (self._later[0] + evals, self._later[1] + seconds)
+        self._begun = True
+
+    def seconds(self, evals: int) -> float:
+        """What so many evaluations will take: by the rounds after the first."""
+        count, took = self._later
+        return took / count * evals if count else 0.0
+
+    def fits(self, cost: Cost, further: Cost, until: float = 1.0) -> int:
+        """How many of a cost still fit, one after another, with `further` and what is reserved, within a share of the time;
+        one at a time, until a round that loaded nothing is measured."""
         if self.limit is None:
             return 2**31
-        left = until * self.limit - self.elapsed
-        if not self.evals:
+        left = until * self.limit - self.elapsed - self.reserved
+        if not self._later[0]:
             return int(left > 0 and not self.pending)
-        each, kept = self.seconds(cost), self.prompts * self.seconds(reserve)
-        left -= kept + self.seconds(Cost(self.pending))
-        return max(0, int(left / each)) if each > 0 else 2**31
-
-    def seconds(self, cost: Cost) -> float:
-        """What a cost will take: all that has passed, shared out over the evaluations."""
-        return self.elapsed / self.evals * cost.evals if self.evals else 0.0
+        left -= self.prompts * self.seconds(further.evals) + self.seconds(self.pending)
+        each = self.seconds(cost.evals)
+        return max(0, int(left / each)) if each > 0 else int(left > 0) * 2**31
 
 
 class Purse:
@@ -113,7 +131,7 @@ class Purse:
     def affords(self, cost: Cost, further: Cost = NOTHING, late: bool = False) -> int:
         """How many of a cost can be paid, with `further` and the reserve still paid afterwards; `late` asks no clock."""
         keep = self.reserve.plus(further)
-        counts = [2**31 if late else self.watch.fits(cost, keep, self.until)]
+        counts = [2**31 if late else self.watch.fits(cost, further, self.until)]
         for name, each in cost._asdict().items():
             limit = getattr(self.budget, name)
             if limit is not None:

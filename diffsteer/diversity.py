@@ -18,14 +18,14 @@ class Diversity(NamedTuple):
 
 
 def features_of(samples: Tensor, size: int = 8) -> Tensor:
-    """Features for comparing samples (N, ...): of pictures their colours on a grid of size x size, of videos those of the mean
-    frame, of anything else the values themselves; each centred by its own mean. (N, D), of length one."""
-    x = samples.detach().float().cpu()
+    """Features for comparing samples (N, ...): of pictures their colours on a grid of size x size, from middle gray, of videos
+    those of the mean frame, of anything else the values themselves. (N, D), of length one."""
+    x = samples.detach().float().cpu().nan_to_num()
     x = x.mean(1) if x.ndim == 5 else x
     if x.ndim == 4:
-        x = F.adaptive_avg_pool2d(x, size)
-        x = x - x.mean((2, 3), keepdim=True)
-    return F.normalize(x.flatten(1), dim=1)
+        x = F.adaptive_avg_pool2d(x, size) - 0.5
+    flat = x.flatten(1)
+    return F.normalize(torch.cat([flat, torch.full((len(flat), 1), 1e-3)], 1), dim=1)  # nothing at all is like itself
 
 
 def diversity(features: Tensor) -> Diversity:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffsteer.reward import Reward, RewardFunction
+from diffsteer.schedules import Given
 from diffsteer.trial import Search
 from diffsteer.types import DiffsteerError, check_numbers
 
@@ -85,3 +86,17 @@ def draft_of(draft: Draft | bool | None, search: Search) -> Draft | None:
             "with reward= alone, or take a search of noises such as random_search, zero_order or reno"
         )
     return draft
+
+
+def on_grid(draft: Draft | None, schedule: Any, call: Mapping[str, Any]) -> Draft | None:
+    """The drafts where the grid may be given in numbers, of which there are as many as there are: then no default ones.
+
+    Raises:
+        DiffsteerError: drafts of other steps that were asked for.
+    """
+    numbers = isinstance(schedule, Given) or any(call.get(key) is not None for key in ("sigmas", "timesteps"))
+    if not numbers or draft is None or draft.model is not None or (draft.steps is None and draft.share is None):
+        return draft
+    if draft is DEFAULT:
+        return None
+    raise DiffsteerError("draft: fewer steps want a grid that can be made shorter, not one in numbers")

@@ -12,10 +12,12 @@ from diffsteer.algebra import NO_SIGNAL, Level
 from diffsteer.blocks import Blocks
 from diffsteer.callable import CallableModel
 from diffsteer.classifier_free import PULLS
+from diffsteer.draft import on_grid
 from diffsteer.grids import explicit
 from diffsteer.ground import Costs
 from diffsteer.guidance import Guidance
 from diffsteer.guided import pieces
+from diffsteer.judging import Duel
 from diffsteer.ledger import Ledger
 from diffsteer.run import timing_of
 from diffsteer.schedules import Given
@@ -102,6 +104,7 @@ def _of_search(
 ) -> Ledger:
     """Of a search: it is played on made-up rewards, and with `rehearse` one plain chain is run for the seconds."""
     assert isinstance(steered.sampler, Search)
+    draft = on_grid(steered.draft, steered.schedule, call)
     toy = isinstance(steered.pipe, CallableModel)
     if isinstance(steered.pipe, CallableModel):
         levels = steered.pipe.grid(steps, steered.schedule)[1]
@@ -110,21 +113,25 @@ def _of_search(
         decoded = steered.decoder != "none"
     experts, begun = len(steered.experts), getattr(steered.start, "evaluations", 0)
     further = 0 if toy else int(facts.get("further", 0)) * experts
-    costs = Costs((1 + guided) * experts, further, begun, decoded)
+    tiny = decoded and steered.decoder.startswith("tiny")
+    duel = isinstance(steered.reward, Duel)
+    costs = Costs((1 + guided) * experts, further, begun, decoded, duel, tiny)
     drafts = None
-    if steered.draft is not None and steered.draft.shorter:
-        model, length = steered.draft.model, steered.draft.length(None if steered.draft.model is not None else steps)
-        each = costs
+    if draft is not None and draft.decoder is not None:
+        drafts = (steps, replace(costs, tiny=True, tiny_finals=True))
+    if draft is not None and draft.shorter:
+        model, length = draft.model, draft.length(None if draft.model is not None else steps)
+        each = costs if drafts is None else drafts[1]
         if model is not None and not isinstance(model, CallableModel):
             from diffsteer.pipes import is_guided
             from diffsteer.segments import grid_of
             from diffsteer.shapes.models import recommended
 
-            known = recommended(model) | dict(steered.draft.call)
-            each = replace(costs, per_step=(1 + is_guided(model, known)) * experts)
+            known = recommended(model) | dict(draft.call)
+            each = replace(each, per_step=(1 + is_guided(model, known)) * experts)
             length = grid_of(model, length or known.get("num_inference_steps"), known, 0.0, None, True)[0]
         drafts = (length or 50, each)
-    said = forecast_search(steered.sampler, steered.budget, steered.draft, steps, levels, costs, drafts)
+    said = forecast_search(steered.sampler, steered.budget, draft, steps, levels, costs, drafts)
     total = Ledger()
     for name, number in said.counts.items():
         setattr(total, name, number * prompts)

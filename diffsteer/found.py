@@ -9,6 +9,7 @@ from typing import Any
 
 from diffsteer.budget import Cost
 from diffsteer.diversity import Diversity
+from diffsteer.judging import ByRank, Judge
 from diffsteer.prior import Diagnosis
 from diffsteer.trial import Outcome
 
@@ -31,6 +32,14 @@ class Gap:
         return bool(self.finals) and max(self.finals) == self.finals[0]
 
 
+def gap_of(drafts: Sequence[Outcome], finals: Sequence[Outcome], judge: Judge) -> Gap:
+    """The gap of drafts and their finals; of rewards that are ranked, their mean ranks among all of these together."""
+    if not isinstance(judge, ByRank):
+        return Gap(tuple(o.reward for o in drafts), tuple(o.reward for o in finals))
+    values = judge.values([*drafts, *finals]).tolist()
+    return Gap(tuple(values[: len(drafts)]), tuple(values[len(drafts) :]))
+
+
 @dataclass(frozen=True)
 class Progress:
     """Shown to whoever watches, once a round: of each prompt the best reward so far, and how much of the budget is gone."""
@@ -45,7 +54,8 @@ class Found:
     """What a search found for one prompt.
 
     Attributes:
-        outcomes: the samples that are kept, the best first.
+        outcomes: the samples that are kept, the best first. values: of them, by the judge: rewards, or ranks (ratings) among
+            all that was compared.
         history: the best reward so far after so many evaluations, a point a gain: (evaluations, seconds, reward). Of drafts
             it is theirs, and the last point the best final's.
         scored: finished samples in all. spent: by the trials, drafts and finals.
@@ -56,6 +66,7 @@ class Found:
     """
 
     outcomes: tuple[Outcome, ...]
+    values: tuple[float, ...]
     history: tuple[tuple[int, float, float], ...]
     scored: int
     spent: Cost

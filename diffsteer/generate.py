@@ -105,7 +105,8 @@ def generate_folder(config: DictConfig, out: Path, shown: str) -> None:
     todo = sum(len(f.missing) for f, _ in runs.values())
     kept = len(items) - len(folder.missing)
     pipe = load(config, device) if todo else None
-    draft = draft_told(config, device) if todo and config.draft.model is not None else draft
+    if todo and config.draft.model is not None:
+        draft = draft_told(config, device)
     if pipe is not None and reward is not None:  # a prompt that cannot be scored is refused before any other is done
         reward.prepare([item.prompt for item in folder.missing], Context(embedded=is_embedded(pipe)))
     start = start if pipe is None or config.noise_network is None else network_told(config, pipe, draft)
@@ -235,10 +236,10 @@ def _search_of(config: DictConfig, sampler: Any, reward: Reward | None, guide: A
     Raises:
         DiffsteerError: one of them beside a sampler that is no search; what the search refuses.
     """
-    budget, draft = budget_of(config), draft_told(config)
+    drafts = isinstance(sampler, Search) and sampler.drafts
+    budget, draft = budget_of(config), draft_told(config, drafts=drafts)
     if isinstance(sampler, Search):
-        check_search(sampler, reward, guide)
-        draft_of(draft, sampler)
+        check_search(sampler, reward, guide, draft_of(draft, sampler))
     elif budget is not None or draft is not None:
         raise DiffsteerError(
             f"{'budget' if budget else 'draft'}. has no effect: sampler={config.sampler.get('name')} is no search"
@@ -270,11 +271,13 @@ def _fill(folder: Folder, config: DictConfig, pipe: Any, sampler: Sampler | None
     print(f"{prompts} prompt{'s' * (prompts > 1)}, {name}: {about}{what}", flush=True)
     events = None if searches else prompts if hasattr(sampler, "guidance") else (cost.decodes + cost.tiny_decodes) // particles
     with tqdm(total=cost.evaluations if searches else events, unit="evaluation" if searches else "event", disable=None) as bar:
+        seen = [0]
 
         def watch(info: Info | Progress) -> None:
             if isinstance(info, Progress):
                 bar.set_postfix(reward=f"{sum(info.best) / len(info.best):.3g}")
-                bar.update(info.evaluations - bar.n)
+                bar.update(info.evaluations if info.evaluations < seen[0] else info.evaluations - seen[0])
+                seen[0] = info.evaluations  # of one call
                 return
             best = info.rewards.nan_to_num(nan=-math.inf).max(1).values.mean()
             bar.set_postfix(reward=f"{float(best):.3g}", ess=f"{float(info.ess.mean()):.1f}/{particles}")

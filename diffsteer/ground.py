@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffsteer.algebra import Level, level
-from diffsteer.budget import Cost
+from diffsteer.budget import Cost, Purse
 from diffsteer.judging import ByReward, Judge
 from diffsteer.ledger import Ledger
 from diffsteer.trial import Outcome, Trial
@@ -26,13 +26,18 @@ class Costs:
 
     Attributes:
         per_step: evaluations of a row's step. further: of a whole chain beside. begun: of what is done to a first noise.
-        decoded: samples are decoded before they are scored.
+        decoded: samples are decoded before they are scored. compared: a score alone costs nothing: judges compare, two calls a
+            pair.
+        tiny: samples on the way are decoded by a tiny decoder; tiny_finals: finished ones, too.
     """
 
     per_step: int = 1
     further: int = 0
     begun: int = 0
     decoded: bool = True
+    compared: bool = False
+    tiny: bool = False
+    tiny_finals: bool = False
 
     def price(self, trial: Trial, total: int) -> Cost:
         """Of one trial on a grid of `total` steps."""
@@ -43,7 +48,7 @@ class Costs:
         whole = trial.start == 0 and stop == total
         evals = steps * self.per_step + whole * self.further + trial.fresh * self.begun
         decodes = int(self.decoded and (trial.scored or trial.gradient is not False))
-        return Cost(evals, decodes, int(trial.scored))
+        return Cost(evals, decodes, int(trial.scored and not self.compared))
 
 
 class Ground(ABC):
@@ -71,8 +76,8 @@ class Ground(ABC):
         """Carry out trials of any prompts, together where they are alike."""
 
     @abstractmethod
-    def judge(self, prompt: int) -> Judge:
-        """Who orders the outcomes of a prompt."""
+    def judge(self, prompt: int, purse: Purse | None = None) -> Judge:
+        """Who orders the outcomes of a prompt; judges that compare pay from the purse."""
 
     @property
     def solved(self) -> float:
@@ -94,7 +99,7 @@ class DryGround(Ground):
     def price(self, trial: Trial) -> Cost:
         return self.costs.price(trial, self.steps)
 
-    def judge(self, prompt: int) -> Judge:
+    def judge(self, prompt: int, purse: Purse | None = None) -> Judge:
         return ByReward()
 
     def carry(self, asks: Sequence[Ask]) -> list[Outcome]:
@@ -106,6 +111,9 @@ class DryGround(Ground):
             made.gradient = torch.ones_like(t.x)
             made.injected_gradient = None if t.injected is None else torch.ones_like(t.injected)
             outcomes.append(made)
+            cost, tiny = self.price(t), self.costs.tiny_finals or (self.costs.tiny and not made.final)
+            self.ledger.decodes += 0 if tiny else cost.decodes
+            self.ledger.tiny_decodes += cost.decodes if tiny else 0
             if t.gradient is not False:
                 self.ledger.backwards += min(t.through or self.steps, self.steps)
         return outcomes
@@ -122,7 +130,7 @@ class FunctionGround(Ground):
     def price(self, trial: Trial) -> Cost:
         return Cost(1, 0, int(trial.scored))
 
-    def judge(self, prompt: int) -> Judge:
+    def judge(self, prompt: int, purse: Purse | None = None) -> Judge:
         return ByReward()
 
     def carry(self, asks: Sequence[Ask]) -> list[Outcome]:

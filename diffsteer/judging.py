@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from diffsteer.budget import Cost, Purse
 from diffsteer.reward import Reward, as_reward
 from diffsteer.types import Context, DiffsteerError, RewardError
 
@@ -64,14 +65,16 @@ def ranks(scores: Tensor) -> Tensor:
     n = len(scores)
     if n < 2:
         return torch.full(scores.shape, 0.5, dtype=torch.float64)
-    s = scores.double()
-    nan = s.isnan()
-    s = s.masked_fill(nan, 0.0)
-    a, b, na, nb = s[:, None], s[None], nan[:, None], nan[None]
-    wins = ((a > b) & ~na & ~nb) | (~na & nb)
-    ties = ((a == b) & ~na & ~nb) | (na & nb)
-    beaten = wins.double().sum(1) + 0.5 * (ties.double().sum(1) - 1)
-    return beaten / (n - 1)
+    found = torch.empty(scores.shape, dtype=torch.float64)
+    for j, column in enumerate(scores.double().unbind(1)):
+        nan = column.isnan()
+        known = column[~nan].sort().values
+        low, high = (torch.searchsorted(known, column.masked_fill(nan, 0.0), right=right) for right in (False, True))
+        lost = int(nan.sum())
+        beaten = torch.where(nan, 0, low + lost)
+        tied = torch.where(nan, lost, high - low) - 1
+        found[:, j] = (beaten + 0.5 * tied) / (n - 1)
+    return found
 
 
 def mean_rank(scores: Tensor, weights: Sequence[float]) -> Tensor:
@@ -187,9 +190,10 @@ def both_ways(duel: Duel, samples: Tensor, pairs: Sequence[tuple[int, int]], pro
     return won.nan_to_num(nan=0.5)
 
 
-def elo(count: int, pairs: Sequence[tuple[int, int]], won: Tensor, k: float = 32.0, rounds: int = 30) -> Tensor:
-    """Ratings (count,) of mean 0 that explain the results: Elo's update, all results at once, repeated until it rests, so that
-    the order of the games does not matter. k is Elo's, in points; 400 points are odds of ten to one."""
+def elo(count: int, pairs: Sequence[tuple[int, int]], won: Tensor, k: float = 32.0, rounds: int = 400) -> Tensor:
+    """Ratings (count,) of mean 0 that explain the results: Elo's update, all results at once, so that the order of the games
+    does not matter, repeated until it rests (who never lost rises for ever, a little less each time: after `rounds` it ends).
+    k is Elo's, in points; 400 points are odds of ten to one."""
     ratings = torch.zeros(count, dtype=torch.float64)
     i, j = (torch.tensor([p[n] for p in pairs], dtype=torch.long) for n in (0, 1))
     games = torch.bincount(torch.cat([i, j]), minlength=count).clamp(min=1)
@@ -198,31 +202,39 @@ def elo(count: int, pairs: Sequence[tuple[int, int]], won: Tensor, k: float = 32
         surprise = won.double() - expected
         change = torch.zeros_like(ratings).index_add_(0, i, surprise).index_add_(0, j, -surprise)
         ratings = ratings + k * change / games
+        if float((k * change / games).abs().max()) < 1e-2:
+            break
     return ratings - ratings.mean()
 
 
 class ByDuel:
-    """A tournament among whatever is compared; results are remembered, so that nobody meets twice.
+    """A tournament among whatever is compared; results are remembered, so that nobody meets twice, and paid for: two
+    comparisons a pair. When the purse is empty, who has not met yet counts as equal.
 
     Args:
         play: from outcomes, and positions of pairs among them, to results (pairs,) of the first.
     """
 
-    def __init__(self, play: Any) -> None:
-        self.play = play
+    def __init__(self, play: Any, purse: Purse | None = None) -> None:
+        self.play, self.purse = play, purse
         self._results: dict[tuple[int, int], float] = {}
 
     def values(self, outcomes: Sequence[Outcome]) -> Tensor:
         pairs = [(i, j) for i in range(len(outcomes)) for j in range(i + 1, len(outcomes))]
-        keys = [(outcomes[i].slot, outcomes[j].slot) for i, j in pairs]
-        new = [n for n, key in enumerate(keys) if key not in self._results]
+        keys = {pair: (outcomes[pair[0]].slot, outcomes[pair[1]].slot) for pair in pairs}
+        new = [pair for pair in pairs if keys[pair] not in self._results]
+        if self.purse is not None:
+            cost = Cost(0, 0, 2)
+            new = new[: self.purse.affords(cost, late=True)]
+            self.purse.pay(cost, len(new))
         if new:
-            for n, result in zip(new, self.play(outcomes, [pairs[n] for n in new]).tolist(), strict=True):
-                self._results[keys[n]] = result
-                self._results[keys[n][::-1]] = 1 - result
-        if not pairs:
+            for pair, result in zip(new, self.play(outcomes, new).tolist(), strict=True):
+                self._results[keys[pair]] = result
+                self._results[keys[pair][::-1]] = 1 - result
+        known = [pair for pair in pairs if keys[pair] in self._results]
+        if not known:
             return torch.zeros(len(outcomes), dtype=torch.float64)
-        return elo(len(outcomes), pairs, torch.tensor([self._results[key] for key in keys]))
+        return elo(len(outcomes), known, torch.tensor([self._results[keys[pair]] for pair in known]))
 
     def order(self, outcomes: Sequence[Outcome]) -> list[int]:
         return positions(self.values(outcomes))

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from diffsteer.types import DiffsteerError
 
-RANK, LAST = 8, "conv_out"
+RANK, LAST = 16, "conv_out"
 
 
 class LowRank(nn.Module):
-    """A low-rank addition to a linear layer or a convolution: ``up(down(x))``, nothing at first."""
+    """A low-rank addition to a linear layer or a convolution: ``up(down(x))``, nothing at first, in float32."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int) -> None:
         super().__init__()
@@ -32,8 +32,8 @@ class LowRank(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        added: Tensor = self.up(self.down(x))
-        return added
+        added: Tensor = self.up(self.down(x.float()))
+        return added.to(x.dtype)
 
 
 class NoiseNetwork(nn.Module):
@@ -69,7 +69,7 @@ class NoiseNetwork(nn.Module):
         if new:
             with torch.no_grad():
                 self._texts |= dict(zip(new, self.encode(new).float(), strict=True))
-        words = torch.stack([self._texts[t] for t in texts]).to(noise.device)
+        words = torch.stack([self._texts[t] for t in texts]).to(noise)
         time = torch.full((len(noise),), self.time, device=noise.device)
         found: Tensor = self.unet(noise, time, encoder_hidden_states=words).sample
         return found

@@ -14,7 +14,7 @@ from diffsteer.blocks import Size, check_size
 from diffsteer.budget import Budget
 from diffsteer.callable import CallableModel, CallableSession
 from diffsteer.control import check_noise
-from diffsteer.draft import Draft, draft_of
+from diffsteer.draft import Draft, draft_of, on_grid
 from diffsteer.forecast import forecast
 from diffsteer.grids import check_schedule, explicit
 from diffsteer.guidance import guidance_of
@@ -124,7 +124,8 @@ class SteeredPipeline:
         if isinstance(sampler, Search):
             if transition == "native":
                 raise DiffsteerError(f"{sampler.name} goes with no solver that draws noise of its own: leave transition out")
-            self.reward, self.draft = check_search(sampler, self.reward, self.guide), draft_of(draft, sampler)
+            self.draft = draft_of(draft, sampler)
+            self.reward = check_search(sampler, self.reward, self.guide, self.draft)
         elif budget is not None or draft:
             raise DiffsteerError(f"{'budget' if budget else 'draft'}= has no effect: the sampler is no search")
         if start is not None and sampler is None:
@@ -207,7 +208,8 @@ class SteeredPipeline:
         }
         if isinstance(self.sampler, Search):
             told = {"negative_prompt": negative_prompt, "call": call}
-            return self._searched(prompts, asked, keys, options, told, latents, watch)
+            draft = on_grid(self.draft, schedule, call)
+            return self._searched(prompts, asked, keys, options, told, draft, latents, watch)
         if isinstance(self.pipe, CallableModel):
             if call or negative_prompt is not None or latents is not None:
                 extra = [
@@ -217,6 +219,7 @@ class SteeredPipeline:
                 ]
                 raise DiffsteerError(f"a CallableModel takes no argument {extra[0]!r}")
             session: Session = CallableSession(self.pipe, prompts, **options, **keys)
+            session.start = self.start
             return run(session, self.sampler, self.reward, self.output, self.choice, asked, None, watch, self.guide)
         from diffsteer.backend import DiffusersSession
         from diffsteer.pipes import as_images
@@ -261,6 +264,7 @@ class SteeredPipeline:
         keys: dict[str, Any],
         options: dict[str, Any],
         told: dict[str, Any],
+        draft: Draft | None,
         latents: Tensor | None,
         watch: Callable[..., None] | None,
     ) -> SteeredOutput:
@@ -283,7 +287,9 @@ class SteeredPipeline:
             if isinstance(pipe, CallableModel):
                 if told["call"] or told["negative_prompt"] is not None:
                     raise DiffsteerError(f"a CallableModel takes no argument {[*told['call'], 'negative_prompt'][0]!r}")
-                return CallableSession(pipe, prompts, **length, **mine)
+                made = CallableSession(pipe, prompts, **length, **mine)
+                made.start = self.start
+                return made
             from diffsteer.backend import DiffusersSession
 
             arguments: dict[str, Any] = told if model is None else {"call": dict(call or {})}
@@ -295,7 +301,7 @@ class SteeredPipeline:
             from diffsteer.pipes import as_images
 
             to_images = partial(as_images, self.pipe)
-        found = (search, reward, self.budget, self.draft, asked, self.output, self.choice)
+        found = (search, reward, self.budget, draft, asked, self.output, self.choice)
         return run_search(make, *found, to_images=to_images, watch=watch)
 
     def own_transition(self, pipe: Any = None) -> bool:

@@ -62,8 +62,11 @@ def _warn(search: Search, found: Sequence[Found]) -> None:
         )
 
 
-def check_search(search: Search, reward: Reward | None, guide: Any) -> Reward:
+def check_search(search: Search, reward: Reward | None, guide: Any, draft: Any = None) -> Reward:
     """Refuse what a search cannot do.
+
+    Args:
+        draft: its drafts, whose reward it is that the search follows, if they have one.
 
     Raises:
         DiffsteerError: no reward; one without a gradient, or without numbers, where the search wants them; guidance beside it.
@@ -72,10 +75,11 @@ def check_search(search: Search, reward: Reward | None, guide: Any) -> Reward:
         raise DiffsteerError(f"the sampler {search.name} selects by a reward: give reward=")
     if guide is not None:
         raise DiffsteerError(f"{search.name} goes with no gradient guidance: leave guide out, or search with reno or dno")
+    followed = as_reward(draft.reward, reward.input) if isinstance(draft, Draft) and draft.reward is not None else reward
+    if (search.numbers or search.needs_grad) and isinstance(followed, RankEnsemble | Duel):
+        raise DiffsteerError(f"{search.name} wants a reward that is a number by itself, and {followed.name} only ranks")
     if search.needs_grad:
-        check_gradient(reward)
-    if (search.numbers or search.needs_grad) and isinstance(reward, RankEnsemble | Duel):
-        raise DiffsteerError(f"{search.name} wants a reward that is a number by itself, and {reward.name} only ranks")
+        check_gradient(followed)
     return reward
 
 
@@ -100,8 +104,8 @@ def run_search(
     Raises:
         DiffsteerError: what `explore` refuses, and drafts whose noise is of another shape.
     """
-    if output not in OUTPUTS:
-        raise DiffsteerError(f"output={output!r} is unknown; valid: {', '.join(OUTPUTS)}")
+    if output not in OUTPUTS or output == "draw":
+        raise DiffsteerError(f"output={output!r}: a search has no weights to draw from; valid: best, all")
     started = time.perf_counter()
     session = make()
     ledger = session.ledger
@@ -121,7 +125,7 @@ def run_search(
                 f"draft: its model starts from noise of shape {drafting.shape}, not {session.shape}: they are not aligned"
             )
         ground, render = SessionGround(drafting, cheap, asked, draft.decoder is not None), full
-    clock = Stopwatch(None if budget is None else budget.seconds, ledger)
+    clock = Stopwatch(None if budget is None else budget.seconds)
     clock.began = started
     found = explore(
         search,
@@ -134,12 +138,11 @@ def run_search(
         stopwatch=clock,
     )
     _warn(search, found)
-    return _output(session, full, found, ledger, asked, output, choice, to_images, started)
+    return _output(session, found, ledger, asked, output, choice, to_images, started)
 
 
 def _output(
     session: Session,
-    full: SessionGround,
     found: Sequence[Found],
     ledger: Ledger,
     asked: Sequence[str],
@@ -148,15 +151,19 @@ def _output(
     to_images: Callable[[Tensor], list[Any] | None] | None,
     started: float,
 ) -> SteeredOutput:
-    kept = min(len(f.outcomes) for f in found)
-    groups = len(found)
-    samples = torch.stack([o.sample for f in found for o in f.outcomes[:kept] if o.sample is not None])
-    latents = torch.stack([o.x for f in found for o in f.outcomes[:kept]])
-    rewards = torch.stack([full.judge(p).values(f.outcomes[:kept]) for p, f in enumerate(found)])
+    kept, groups = max(len(f.outcomes) for f in found), len(found)
+    full_rows = [[*f.outcomes, *[f.outcomes[-1]] * (kept - len(f.outcomes))] for f in found]  # the last again, without weight
+    samples = torch.stack([o.sample for row in full_rows for o in row if o.sample is not None])
+    latents = torch.stack([o.x for row in full_rows for o in row])
+    rewards = torch.full((groups, kept), -math.inf, dtype=torch.float64)
+    weights = torch.full((groups, kept), -math.inf, dtype=torch.float64)
+    for p, f in enumerate(found):
+        rewards[p, : len(f.values)] = torch.tensor(f.values, dtype=torch.float64)
+        weights[p, : len(f.values)] = -math.log(len(f.values))
     deciding = rewards
     if choice is not None:
         scorer = Scorer(choice, session.decoder, asked, ledger, session.embedded, session.cut)
-        deciding = scorer.score(samples, session.steps, session.steps)
+        deciding = scorer.score(samples, session.steps, session.steps).masked_fill(weights == -math.inf, -math.inf)
     chosen = deciding.nan_to_num(nan=-math.inf).argmax(1)
     grouped = samples.view(groups, kept, *samples.shape[1:])
     shown = samples if output == "all" else grouped[torch.arange(groups), chosen]
@@ -168,7 +175,7 @@ def _output(
         samples=grouped,
         latents=latents.view(groups, kept, *latents.shape[1:]),
         rewards=rewards,
-        log_weights=torch.full((groups, kept), -math.log(kept), dtype=torch.float64),
+        log_weights=weights,
         log_z=torch.zeros(groups, dtype=torch.float64),
         chosen=chosen,
         images=images,
@@ -202,10 +209,11 @@ def forecast_search(
         limits = Budget()
     finalists, remake = (draft.finalists, draft.shorter) if draft else (1, True)
     found = explore(search, ground, limits, render=render, finalists=finalists, remake=remake)[0]
-    spent = found.spent
+    spent, tiny = found.spent, ground.ledger.tiny_decodes
     return Ledger(
         evaluations=spent.evals,
         backwards=ground.ledger.backwards,
-        decodes=spent.decodes,
+        decodes=spent.decodes - tiny,
+        tiny_decodes=tiny,
         reward_calls=spent.reward_calls,
     )

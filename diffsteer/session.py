@@ -130,7 +130,15 @@ class Session(ABC):
     def transformed(self, noise: Tensor, rows: Sequence[int] | None = None) -> Tensor:
         """Unit noise of rows, (N, *shape), as they are to start from."""
         rows = list(range(self.rows) if rows is None else rows)
-        return noise if self.start is None else self.start(noise, self, rows)
+        if self.start is None:
+            return noise
+
+        def one_block(block: list[int]) -> Tensor:
+            mine = list(dict.fromkeys(block))
+            assert self.start is not None
+            return self.start(noise[mine], self, [rows[i] for i in mine])
+
+        return torch.cat(self.cut.run(len(rows), one_block))
 
     def scaled(self, noise: Tensor) -> Tensor:
         """Unit noise (N, *shape) as first states. Differentiable."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from diffsteer.budget import Cost
+from diffsteer.algebra import noise_std
+from diffsteer.budget import Cost, Purse
 from diffsteer.ground import Ask, Costs, Ground
 from diffsteer.judging import ByDuel, ByRank, ByReward, Duel, Judge, RankEnsemble, both_ways
 from diffsteer.reward import Reward
@@ -35,7 +37,7 @@ class SessionGround(Ground):
     def __init__(self, session: Session, reward: Reward, asked: Sequence[str], tiny: bool = False) -> None:
         self.session, self.reward, self.asked, self.tiny = session, reward, list(asked), tiny
         begun = getattr(session.start, "evaluations", 0)
-        self.costs = Costs(session.per_step, session.further, begun, session.decoder is not None)
+        self.costs = Costs(session.per_step, session.further, begun, session.decoder is not None, isinstance(reward, Duel))
         self.steps, self.levels, self.shape = session.steps, session.levels, session.shape
         self.ledger, self.seed, self.ids = session.ledger, session.seed, session.ids
         self.eta, self.noise_kind = session.eta, session.noise_kind
@@ -51,11 +53,11 @@ class SessionGround(Ground):
     def price(self, trial: Trial) -> Cost:
         return self.costs.price(trial, self.steps)
 
-    def judge(self, prompt: int) -> Judge:
+    def judge(self, prompt: int, purse: Purse | None = None) -> Judge:
         if isinstance(self.reward, RankEnsemble):
             return ByRank(self.reward.shares or [])
         if isinstance(self.reward, Duel):
-            return ByDuel(lambda outcomes, pairs: self._play(prompt, outcomes, pairs))
+            return ByDuel(lambda outcomes, pairs: self._play(prompt, outcomes, pairs), purse)
         return ByReward()
 
     def _play(self, prompt: int, outcomes: Sequence[Outcome], pairs: Sequence[tuple[int, int]]) -> Tensor:
@@ -92,6 +94,8 @@ class SessionGround(Ground):
             noise = session.transformed(given, rows) if first.fresh else None
             begun = session.scaled(noise) if noise is not None else given
             x, x0 = (begun, begun) if first.start == stop else session.segment(begun, first.start, stop, rows)
+        if getattr(session, "interrupted", False):  # by a callback of the user's: these states are of no level
+            raise KeyboardInterrupt("a callback interrupted the pipeline")
         seen = x0
         if first.look and stop < self.steps:
             with torch.no_grad(), session.noisy(0.0):
@@ -132,7 +136,7 @@ class SessionGround(Ground):
             texts = [self.asked[prompts[i]] for i in mine]
             with self.ledger.timed("reward"), torch.no_grad():
                 each, total = self._rated(samples, texts, Context(stop, self.steps, self.session.embedded))
-            self.ledger.reward_calls += len(mine)
+            self.ledger.reward_calls += 0 if self.costs.compared else len(mine)
             for n, i in enumerate(mine):
                 outcomes[i].scores, outcomes[i].reward = each[n], float(total[n])
                 if final or isinstance(self.reward, Duel):
@@ -169,26 +173,30 @@ class SessionGround(Ground):
         z = torch.stack([t.x for _, _, t in asks]).detach().clone().requires_grad_(True)
         injected = [] if first.injected is None else [_given(t).detach().clone().requires_grad_(True) for _, _, t in asks]
         inside = [(p, s, replace(t, injected=v)) for (p, s, t), v in zip(asks, injected, strict=True)] if injected else asks
+        if first.start:
+            raise DiffsteerError("a gradient is that of a whole chain: its trial begins at its noise")
         free = 0 if first.through is None else max(0, self.steps - first.through)
         with torch.enable_grad(), session.noisy(first.eta), self._injecting(inside):
             noise = session.transformed(z, rows) if first.fresh else z
-            x = session.scaled(noise) if first.fresh else noise
-            leaf = x
-            if free:  # clean estimates before count as constants: what of z is in x is scaled by the noise levels alone
+            x = begun = session.scaled(noise) if first.fresh else noise
+            if free:  # clean estimates before count as constants: a state is linear in the noises before it
                 with torch.no_grad():
-                    reached = session.segment(x.detach(), 0, free, rows).x
-                leaf = reached.detach().requires_grad_(True)
-                x = leaf
-            x = session.trajectory(x, free, rows=rows, checkpoints=first.checkpoint)
+                    x = session.segment(begun.detach(), 0, free, rows).x
+                x = x.detach().requires_grad_(True)
+            leaf, x = x, session.trajectory(x, free, rows=rows, checkpoints=first.checkpoint)
             samples = x if session.decoder is None else self._decode_kept(x)
             values = self._objective(asks, samples)
-            wanted = [leaf if free else z, *injected]
-            found = torch.autograd.grad(values.sum(), wanted, allow_unused=True)
-        if not session.native:
-            self.ledger.backwards += n * (self.steps - free)
+            found = list(torch.autograd.grad(values.sum(), [leaf if free else z, *injected], allow_unused=True))
+            if free:
+                reached, (share, shares) = found[0], self._carried(free)
+                assert reached is not None
+                found[0] = torch.autograd.grad(begun, z, share * reached)[0]
+                for i, g in enumerate(found[1:]):
+                    whole = torch.zeros_like(injected[i]) if g is None else g.clone()
+                    whole[:free] += shares.to(reached).view(-1, *[1] * len(self.shape)) * reached[i]
+                    found[1 + i] = whole
+        self.ledger.backwards += n * (self.steps - free)
         along = found[0] if found[0] is not None else torch.zeros_like(z)
-        if free:
-            along = along * float(self.levels[free].sigma / self.levels[0].sigma)
         outcomes = []
         for i, (_, slot, trial) in enumerate(asks):
             sample = samples[i].detach().float().cpu()
@@ -212,13 +220,27 @@ class SessionGround(Ground):
             self.ledger.reward_calls += n
         return outcomes
 
+    def _carried(self, free: int) -> tuple[float, Tensor]:
+        """By how much the first state, and the noise of each transition, are in the state at index `free`, clean estimates
+        being constants: ``x' = alpha' x0 + sqrt(sigma'^2 - nu^2) (x - alpha x0) / sigma + nu z``."""
+        session, shares = self.session, torch.zeros(free, dtype=torch.float64)
+        product = 1.0
+        for k in reversed(range(free)):
+            at, to = self.levels[k], self.levels[k + 1]
+            nu = float(noise_std(at, to, session.eta, session.noise_kind))
+            shares[k] = nu * product
+            product *= math.sqrt(max(float(to.sigma) ** 2 - nu**2, 0.0)) / float(at.sigma)
+        return product, shares
+
     def _decode_kept(self, x: Tensor) -> Tensor:
         """Decoded with a graph, activations computed again in the pass back."""
-        decoder = self.session.decoder
+        tiny = self.session.tiny_decoder if self.tiny else None
+        decoder = tiny or self.session.decoder
         assert decoder is not None
-        with self.ledger.timed("decode"):
+        with self.ledger.timed("tiny decode" if tiny else "decode"):
             samples: Tensor = checkpoint(decoder, x, use_reentrant=False, preserve_rng_state=False)
-        self.ledger.decodes += len(x)
+        self.ledger.tiny_decodes += len(x) if tiny else 0
+        self.ledger.decodes += 0 if tiny else len(x)
         return samples.float()
 
     def _objective(self, asks: list[Ask], samples: Tensor) -> Tensor:

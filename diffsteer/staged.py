@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from diffsteer.algebra import noise_std
+from diffsteer.judging import ByDuel
 from diffsteer.trial import Arena, Asking, Outcome, Search, Trial
 from diffsteer.types import DiffsteerError, Problem, Sampler, Step
 
@@ -21,6 +22,8 @@ def as_search(stage: Any) -> Search:
         DiffsteerError: no sampler; one that moves levels or steers by gradients on the way, which takes walks of its own.
     """
     if isinstance(stage, Search):
+        if hasattr(stage, "stages"):
+            raise DiffsteerError("stages cannot be nested: put theirs into one list")
         return stage
     if isinstance(stage, type) or not isinstance(stage, Sampler):
         raise DiffsteerError(f"a stage is a sampler, such as ZeroOrder() or FeynmanKac(4), not {stage!r}")
@@ -91,7 +94,9 @@ def staged(parts: Sequence[Search], shares: Sequence[float], arena: Arena) -> As
                     asking.close()
                     break
                 done = [o for o in told if o.final and o.trial.scored and o.root is not None]
-                best = arena.order([*best, *done])[:HANDED] if done else best
+                if done:  # duels look at samples again
+                    done = done if isinstance(arena.judge, ByDuel) else [o.light(known=True) for o in done]
+                    best = arena.order([*best, *done])[:HANDED]
                 trials = asking.send(told)
         except StopIteration:
             continue

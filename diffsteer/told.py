@@ -80,11 +80,12 @@ def budget_of(config: DictConfig) -> Budget | None:
     return budget or None
 
 
-def draft_told(config: DictConfig, device: str | None = None) -> Draft | bool | None:
+def draft_told(config: DictConfig, device: str | None = None, drafts: bool = False) -> Draft | bool | None:
     """The drafts of a search; None leaves them to it.
 
     Args:
         device: where their model goes; None loads none, to check the rest.
+        drafts: the search is one that drafts by default, which a number of finalists alone leaves as it is.
 
     Raises:
         DiffsteerError: keys beside draft.use=false, or what `Draft` refuses.
@@ -103,7 +104,7 @@ def draft_told(config: DictConfig, device: str | None = None) -> Draft | bool | 
     if "model" in given:
         path = given["model"]
         given["model"] = path if device is None else _model(path, device, config.model.dtype)
-    elif not {"steps", "share"} & set(given):
+    elif set(given) == {"finalists"} and (drafts or use):
         given["share"] = DEFAULT.share
     return Draft(**given)
 

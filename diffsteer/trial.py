@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from typing import Any, ClassVar
 
@@ -108,10 +108,24 @@ class Outcome:
         further = diagnose(self.trial.injected.flatten(0, 1) if self.x.ndim > 1 else self.trial.injected.flatten())
         return further if first is None or further.worst > first.worst else first
 
+    @property
+    def line(self) -> dict[str, Any]:
+        """Where it comes from, for a trial that descends from it."""
+        return {"root": self.root, "path": self.path, "given": self.trial.given if self.noise is None else self.noise}
+
     def onward(self, stop: int | None, **more: Any) -> Trial:
         """A trial that goes on from here."""
-        given = self.trial.given if self.noise is None else self.noise
-        return Trial(self.x, self.stop, stop, root=self.root, path=self.path, given=given, **more)
+        return Trial(self.x, self.stop, stop, **self.line, **more)
+
+    def light(self, known: bool = False) -> Outcome:
+        """Without what is large; `known`: what it takes to begin from it stays."""
+        none = torch.empty(0)
+        if known:
+            return replace(self, begun=none, x=none, x0=none, sample=None, gradient=None, injected_gradient=None)
+        keep = self.trial.gradient is not False  # iterates are few, and may be rendered
+        bare = replace(self.trial, x=self.trial.x if keep else none, injected=None, root=None, given=None, path=())
+        none_: dict[str, Any] = {"begun": none, "x": none, "x0": none, "sample": None, "noise": None}
+        return replace(self, trial=bare, gradient=None, injected_gradient=None, **none_)
 
 
 Asking = Generator[list[Trial], list[Outcome], None]
@@ -154,9 +168,12 @@ class Arena:
         return list(rng.normal(self.seed, keys, 0, "start", self.shape)) if number else []
 
     def begin(self, number: int) -> list[Tensor]:
-        """That many noises to begin with: those of the stage before as far as they go, then fresh ones."""
-        old = [s.root for s in self.starts if s.root is not None][:number]
-        return [*old, *self.draw(number - len(old))]
+        """That many noises to begin with: those of the stage before, each once, as far as they go, then fresh ones."""
+        old: list[Tensor] = []
+        for start in self.starts:
+            if start.root is not None and not any(start.root is z for z in old):
+                old.append(start.root)
+        return [*old[:number], *self.draw(max(0, number - len(old)))]
 
     def fresh(self, noises: Sequence[Tensor], **more: Any) -> list[Trial]:
         """Trials of whole chains, one a noise."""
@@ -174,11 +191,12 @@ class Arena:
     def best(self, outcomes: Sequence[Outcome]) -> Outcome:
         return self.order(outcomes)[0]
 
-    def affords(self, trial: Trial, number: int) -> int:
-        """How many of `number` such trials the budget still pays for, with one of them brought to its end afterwards."""
-        stop = self.steps if trial.stop is None else trial.stop
-        end = self.price(Trial(trial.x, stop)) if stop < self.steps else Cost()
-        return min(number, self.purse.affords(self.price(trial), end))
+    def pays(self, *plan: tuple[Trial, int]) -> bool:
+        """Does what is left pay for so many of these trials together?"""
+        total = Cost()
+        for trial, number in plan:
+            total = total.plus(self.price(trial), number)
+        return self.purse.affords(total) > 0
 
     def events(self, shares: Sequence[float]) -> list[int]:
         """Shares of the chain as distinct grid indices inside it."""
@@ -189,7 +207,7 @@ class Arena:
         low, high = self.levels[at], self.levels[to]
         ratio = high.alpha / low.alpha
         spread = (high.sigma**2 - ratio**2 * low.sigma**2).clamp(min=0).sqrt()
-        return (ratio * x.double() + spread * z.double()).to(x.dtype)
+        return (ratio.to(x.device) * x.double() + spread.to(x.device) * z.to(x.device).double()).to(x.dtype)
 
     def stepped(self, x: Tensor, x0: Tensor, at: int, eta: float, z: Tensor) -> Tensor:
         """One transition from index `at` to the next, whose clean estimate is known: no evaluation."""
@@ -198,10 +216,11 @@ class Arena:
         return transition(x0, eps, here, self.levels[at + 1], eta, z.to(x), self.noise_kind)
 
     def injected(self, outcome: Outcome) -> Tensor:
-        """The noise of every transition along an outcome's path, (T, *shape)."""
+        """The noise of every transition along an outcome's path, (T, *shape); fresh noise where the path is not known."""
         if outcome.trial.injected is not None:
             return outcome.trial.injected
-        noise = torch.zeros(self.steps, *self.shape)
+        keys = [(self.id, outcome.slot)]
+        noise = torch.cat([rng.normal(self.seed, keys, k, "unknown", self.shape) for k in range(self.steps)])
         for slot, start, stop in outcome.path:
             for k in range(start, stop):
                 noise[k] = rng.normal(self.seed, [(self.id, slot)], k, "step", self.shape)[0]
@@ -257,9 +276,24 @@ class Search:
                 said = f"at least {low:g}" if high is None else f"in [{low:g}, {high:g}]"
                 raise DiffsteerError(f"{self.name}: {name}={value:g}; it is {said}")
 
+    def check_shares(self, name: str) -> None:
+        """Refuse a field that is no list of shares in (0, 1).
+
+        Raises:
+            DiffsteerError: with the field.
+        """
+        values = getattr(self, name)
+        numbers = isinstance(values, Sequence) and all(type(v) in (int, float) for v in values)
+        if not numbers or not values or not all(0 < v < 1 for v in values):
+            raise DiffsteerError(f"{self.name}: {name}={values!r}; wanted shares of the chain in (0, 1), such as [0.3, 0.6]")
+
     def search(self, arena: Arena) -> Asking:
         """Ask for trials and be told outcomes until nothing is left to ask."""
         raise NotImplementedError
+
+    def finalists(self, drafts: Sequence[Outcome], number: int) -> list[Outcome]:
+        """Which drafts, given the best first, are made in full."""
+        return list(drafts[:number])
 
     def evaluations(self, steps: int) -> int:
         """Evaluations where a chain has so many steps, without a budget, guidance or drafts."""

@@ -26,6 +26,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
 }
 NEAR, SOFT = 0.30, 0.04  # how far from a colour, in RGB of range 1, half a pixel still counts, and how soft that is
 PRESENT = 0.01  # share of the picture below which a colour counts as absent
+APART = 0.15  # colours nearer to each other than this are one
 SPECK = 0.002  # share of the picture below which a piece is dirt
 
 
@@ -46,10 +47,14 @@ def rgb(color: str) -> tuple[float, float, float]:
 
 
 def mask(images: Tensor, color: str) -> Tensor:
-    """How much each pixel of (N, 3, H, W) is of a colour, softly: (N, H, W) in [0, 1]. Differentiable."""
-    wanted = torch.tensor(rgb(color), device=images.device, dtype=images.dtype).view(1, 3, 1, 1)
-    distance = ((images - wanted).square().sum(1) + 1e-6).sqrt()
-    return ((NEAR - distance) / SOFT).sigmoid()
+    """How much each pixel of (N, 3, H, W) is of a colour, softly: (N, H, W) in [0, 1]. A pixel that is nearer to another colour
+    of `COLORS` is that one's. Differentiable."""
+    wanted = rgb(color)
+    others = [c for c in (rgb(name) for name in COLORS) if sum((a - b) ** 2 for a, b in zip(c, wanted, strict=True)) > APART**2]
+    palette = torch.tensor([wanted, *others], device=images.device, dtype=images.dtype)
+    distances = ((images[:, None] - palette[None, :, :, None, None]).square().sum(2) + 1e-6).sqrt()
+    shares: Tensor = (-distances / SOFT).softmax(1)[:, 0]
+    return ((NEAR - distances[:, 0]) / SOFT).sigmoid() * shares
 
 
 def area(images: Tensor, color: str) -> Tensor:

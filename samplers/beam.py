@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from diffsteer.trial import Arena, Asking, Search, Trial
-from diffsteer.types import DiffsteerError, setting
+from diffsteer.types import setting
 
 
 @dataclass(frozen=True)
@@ -40,22 +42,30 @@ class Beam(Search):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check(beams=(1, None), branches=(1, None), look=(0, None), eta=(1e-6, 1))
-        if not self.events or not all(0 < s < 1 for s in self.events):
-            raise DiffsteerError(f"{self.name}: events={list(self.events)}; wanted shares of the chain in (0, 1)")
+        self.check_shares("events")
 
     def search(self, arena: Arena) -> Asking:
         events = arena.events(self.events)
         for _ in arena.rounds(1):
             first, look = (events[0], self.look) if events else (None, 0)
-            trials = [Trial(z, 0, first, True, look, self.eta) for z in arena.begin(self.beams * self.branches)]
-            for k, event in enumerate(events):
+            beams, branches = self._wide(arena)
+            trials = [Trial(z, 0, first, True, look, self.eta) for z in arena.begin(beams * branches)]
+            for k in range(len(events)):
                 told = yield trials
-                beams = arena.order(told)[: self.beams]
+                best = arena.order(told)[:beams]
                 stop = events[k + 1] if k + 1 < len(events) else None
                 look = self.look if stop is not None else 0
-                trials = [b.onward(stop, eta=self.eta, look=look) for b in beams for _ in range(self.branches)]
-                assert all(b.stop == event for b in beams)
+                trials = [b.onward(stop, eta=self.eta, look=look) for b in best for _ in range(branches)]
             yield trials
+
+    def _wide(self, arena: Arena) -> tuple[int, int]:
+        """Beams and branches; fewer where the budget's rest pays for no more of them to the end."""
+        beams, branches = self.beams, self.branches
+        looks = [Trial(torch.empty(0), e - 1, e, look=self.look) for e in arena.events(self.events)]
+        whole = Trial(torch.empty(0), fresh=True)
+        while beams * branches > 1 and not arena.pays((whole, beams * branches), *((t, beams * branches) for t in looks)):
+            beams, branches = (beams, branches - 1) if branches > 1 else (beams - 1, branches)
+        return beams, branches
 
     def evaluations(self, steps: int) -> int:
         events = sorted({min(steps - 1, max(1, round(s * steps))) for s in self.events} - {0, steps})

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from diffsteer.samplers.noise_gradient import NoiseGradient
+from diffsteer.samplers.noise_gradient import NoiseGradient, pull
 from diffsteer.trial import Arena, Asking
 from diffsteer.types import setting
 
@@ -29,7 +29,6 @@ class DFlow(NoiseGradient):
     """
 
     iterations: int = setting(20, low=1)
-    clip: float = setting(0.0, low=0)
     history: int = setting(6, low=1)
     length: float = setting(0.05, low=0)
 
@@ -39,9 +38,6 @@ class DFlow(NoiseGradient):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check(history=(1, None), length=(1e-9, None))
-
-    def pull(self, z: Tensor) -> Tensor:
-        return z * (1 - (z.numel() - 1) / z.square().sum().clamp(min=1e-12))
 
     def loss(self, z: Tensor, reward: float) -> float:
         square = z.double().square().sum()
@@ -58,7 +54,7 @@ class DFlow(NoiseGradient):
         pairs: list[tuple[Tensor, Tensor]] = []
         while tried + 1 < self.iterations:
             assert outcome.gradient is not None
-            here, g = self.loss(z, outcome.reward), self.descent(z, outcome.gradient)
+            here, g = self.loss(z, outcome.reward), -outcome.gradient + self.regulariser * pull(z)
             direction = -two_loop(g, pairs)
             slope = float((direction * g).sum())
             if not slope < 0:
@@ -79,7 +75,7 @@ class DFlow(NoiseGradient):
             if moved is None:
                 return
             assert following.gradient is not None
-            change, turned = moved - z, self.descent(moved, following.gradient) - g
+            change, turned = moved - z, -following.gradient + self.regulariser * pull(moved) - g
             if float((change * turned).sum()) > 1e-10:
                 pairs = [*pairs, (change, turned)][-self.history :]
             if following.reward - outcome.reward < self.tolerance and size * float(direction.norm()) < 1e-3:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from diffsteer.trial import Arena, Asking, Outcome, Search, Trial
-from diffsteer.types import DiffsteerError, setting
+from diffsteer.types import setting
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ class DepthFirst(Search):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check(quantile=(0, 1), back=(1, None), retries=(0, None), chains=(1, None), eta=(0, 1))
-        if not self.checks or not all(0 < s < 1 for s in self.checks):
-            raise DiffsteerError(f"{self.name}: checks={list(self.checks)}; wanted shares of the chain in (0, 1)")
+        self.check_shares("checks")
 
     def search(self, arena: Arena) -> Asking:
         checks = arena.events(self.checks)
@@ -64,7 +63,7 @@ class DepthFirst(Search):
                         break
                     start = max(0, check - self.back)
                     x = arena.noised(best.x, check, start, arena.draw(1)[0])
-                    trial = Trial(x, start, check, eta=self.eta, root=best.root, path=best.path)
+                    trial = Trial(x, start, check, eta=self.eta, **best.line)
                 assert best is not None
                 stop = checks[k + 1] if k + 1 < len(checks) else None
                 trial = best.onward(stop, eta=self.eta)

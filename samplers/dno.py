@@ -26,6 +26,8 @@ class DNO(NoiseGradient):
     gradient ``1 + perturbations`` chains more.
 
     Args:
+        clip: of the gradient's norm, over all noise together; 0 does not clip.
+        patience: iterations without a gain of `tolerance` after which it has converged; 0 never stops.
         rate: of AdamW. eta: amount of noise in the transition; 0 leaves the first noise alone.
         regulariser: gamma, the weight of the whiteness bound.
         orders: random orders of the coordinates that the bound is averaged over, an iteration.
@@ -35,6 +37,7 @@ class DNO(NoiseGradient):
     iterations: int = setting(100, low=1)
     clip: float = setting(1.0, low=0)
     regulariser: float = setting(1.0, low=0)
+    patience: int = setting(15, low=0)
     rate: float = setting(0.01, low=0)
     eta: float = setting(1.0, low=0, high=1)
     orders: int = setting(16, low=0)
@@ -43,12 +46,28 @@ class DNO(NoiseGradient):
     spread: float = setting(0.01, low=0)
 
     name: ClassVar[str] = "dno"
-    needs_grad: ClassVar[bool] = False  # of black boxes it asks for none
     source: ClassVar[str] = "Tang et al., 2024, arXiv 2405.18881"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check(rate=(0, None), eta=(0, 1), orders=(0, None), perturbations=(1, None), spread=(1e-9, None))
+        self.check(
+            clip=(0, None),
+            patience=(0, None),
+            rate=(0, None),
+            eta=(0, 1),
+            orders=(0, None),
+            perturbations=(1, None),
+            spread=(1e-9, None),
+        )
+
+    @property
+    def needs_grad(self) -> bool:  # type: ignore[override]
+        """Of black boxes it asks for none."""
+        return not self.black_box
+
+    @property
+    def numbers(self) -> bool:  # type: ignore[override]
+        return True
 
     def search(self, arena: Arena) -> Asking:
         starts = [(s.root, arena.injected(s)) for s in arena.starts[: self.noises] if s.root is not None]
@@ -65,7 +84,7 @@ class DNO(NoiseGradient):
 
     def _ascend(self, arena: Arena, z: Tensor, injected: Tensor) -> Asking:
         both = [z.float().clone(), injected.float().clone()] if self.eta else [z.float().clone()]
-        optimiser = torch.optim.AdamW(both, lr=self.rate)
+        optimiser = torch.optim.AdamW(both, lr=self.rate, weight_decay=0.0)  # whose decay would shrink the noise
         best, waited = float("-inf"), 0
         for i in range(self.iterations):
             last = i + 1 == self.iterations

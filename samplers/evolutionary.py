@@ -61,8 +61,11 @@ class Evolutionary(Search):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check(elites=(0, None), tournament=(1, None), step=(1e-6, 1), crossover=(0, 1), eta=(0, 1))
+        for name in ("generations", "populations"):
+            if not isinstance(getattr(self, name), Sequence) or isinstance(getattr(self, name), str):
+                raise DiffsteerError(f"{self.name}: {name}={getattr(self, name)!r}; wanted a list")
         shares, sizes = list(self.generations), list(self.populations)
-        if not shares or not all(0 <= s < 1 for s in shares) or sorted(set(shares)) != shares:
+        if not shares or not all(type(s) in (int, float) and 0 <= s < 1 for s in shares) or sorted(set(shares)) != shares:
             raise DiffsteerError(f"{self.name}: generations={shares}; wanted shares of the chain in [0, 1) that rise")
         if len(sizes) != len(shares) + 1 or not all(type(p) is int and p >= 1 for p in sizes):
             raise DiffsteerError(f"{self.name}: populations={sizes}; wanted {len(shares) + 1} numbers of at least 1")
@@ -83,7 +86,7 @@ class Evolutionary(Search):
             raise DiffsteerError(f"{self.name}: {arena.steps} steps have no room for generations={list(self.generations)}")
         pools: dict[int, list[Gene]] = {s: [] for s in at}
         noises = arena.begin(self.populations[0])
-        first = [Trial(z, 0, at[0], fresh=True, scored=False) for z in noises]
+        first = [Trial(z, 0, at[0], fresh=True, scored=False, eta=self.eta) for z in noises]
         members: list[Outcome | Tensor] = list(noises) if at[0] == 0 else list((yield first))
         for g, s in enumerate(at):
             yield from self._finished(arena, members, s, pools)
@@ -104,9 +107,9 @@ class Evolutionary(Search):
             for m in now:
                 to, final = (None if stop == arena.steps else stop), stop == arena.steps
                 if isinstance(m, Tensor):
-                    trials.append(Trial(m, 0, to, fresh=True, scored=final))
+                    trials.append(Trial(m, 0, to, fresh=True, scored=final, eta=self.eta))
                 else:
-                    trials.append(m.onward(to, scored=final))
+                    trials.append(m.onward(to, scored=final, eta=self.eta))
             told = yield trials
             if stop < arena.steps:
                 passed[stop] = list(told)
@@ -151,11 +154,11 @@ class Evolutionary(Search):
     def _trial(self, child: Gene | Tensor, root: Tensor, s: int, stop: int | None, scored: bool) -> Trial:
         if isinstance(child, Gene):
             if child.state is None:
-                return Trial(child.noise, 0, stop, fresh=True, scored=scored)
-            return child.state.onward(stop, scored=scored)
+                return Trial(child.noise, 0, stop, fresh=True, scored=scored, eta=self.eta)
+            return child.state.onward(stop, scored=scored, eta=self.eta)
         if s == 0:
-            return Trial(child, 0, stop, fresh=True, scored=scored)
-        return Trial(child, s, stop, scored=scored, root=root)
+            return Trial(child, 0, stop, fresh=True, scored=scored, eta=self.eta)
+        return Trial(child, s, stop, scored=scored, root=root, eta=self.eta)
 
     def evaluations(self, steps: int) -> int:
         at, sizes = self.schedule(steps), list(self.populations)

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from diffsteer.trial import Arena, Asking, Search, Trial
-from diffsteer.types import DiffsteerError, setting
+from diffsteer.types import setting
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,7 @@ class SuccessiveHalving(Search):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check(candidates=(1, None), rate=(1, None), eta=(0, 1))
-        if not self.events or not all(0 < s < 1 for s in self.events):
-            raise DiffsteerError(f"{self.name}: events={list(self.events)}; wanted shares of the chain in (0, 1)")
+        self.check_shares("events")
 
     @property
     def of_noise(self) -> bool:
@@ -51,17 +52,24 @@ class SuccessiveHalving(Search):
     def search(self, arena: Arena) -> Asking:
         stops: list[int | None] = [*arena.events(self.events), None]
         for _ in arena.rounds(1):
-            trials = [Trial(z, 0, stops[0], True, eta=self.eta) for z in arena.begin(self.candidates)]
+            number = self.candidates
+            while number > 1 and not arena.pays(*self._plan(arena.steps, number)):  # what is left pays for fewer to the end
+                number -= 1
+            trials = [Trial(z, 0, stops[0], True, eta=self.eta) for z in arena.begin(number)]
             for stop in stops[1:]:
                 told = yield trials
                 alive = arena.order(told)[: max(1, -int(-len(told) // self.rate))]
                 trials = [outcome.onward(stop, eta=self.eta) for outcome in alive]
             yield trials
 
-    def evaluations(self, steps: int) -> int:
+    def _plan(self, steps: int, alive: int) -> list[tuple[Trial, int]]:
+        """The rounds of a pass: one of its trials each, and how many."""
         at = [0, *sorted({min(steps - 1, max(1, round(s * steps))) for s in self.events} - {0, steps}), steps]
-        total, alive = 0, self.candidates
+        plan = []
         for begun, stop in zip(at, at[1:], strict=False):
-            total += alive * (stop - begun)
+            plan.append((Trial(torch.empty(0), begun, stop, fresh=begun == 0), alive))
             alive = max(1, -int(-alive // self.rate))
-        return total
+        return plan
+
+    def evaluations(self, steps: int) -> int:
+        return sum(((t.stop or 0) - t.start) * number for t, number in self._plan(steps, self.candidates))

@@ -32,7 +32,7 @@ class RandomSearch(Search):
         self.check(candidates=(1, None))
 
     def search(self, arena: Arena) -> Asking:
-        yield arena.fresh(arena.begin(self.candidates))
+        yield arena.fresh(arena.draw(self.candidates))
         if arena.purse.limited:
             while True:
                 yield arena.fresh(arena.draw(self.candidates))

@@ -51,7 +51,8 @@ class Rollover(Search):
                     number = min(self.batch, quota)
                     quota -= number
                     states = [arena.stepped(here.begun, here.x0, k, self.eta, z) for z in arena.draw(number)]
-                    children += yield [Trial(x, k + 1, k + 2, eta=self.eta, root=here.root) for x in states]
+                    line = {**here.line, "path": ()}  # its noise had no number
+                    children += yield [Trial(x, k + 1, k + 2, eta=self.eta, **line) for x in states]
                     record = arena.best([record, *children])
                 here = record if record in children else arena.best(children)
             if not here.final:

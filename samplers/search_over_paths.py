@@ -63,7 +63,7 @@ class SearchOverPaths(Search):
                 for path in paths:
                     for z in arena.draw(self.branches):
                         x = arena.noised(path.x, path.stop, start, z)
-                        trials.append(Trial(x, start, stop, root=path.root, path=path.path))
+                        trials.append(Trial(x, start, stop, **path.line))
                 told = yield trials
                 paths = arena.order(told)[: self.paths]
             if begun < arena.steps:

@@ -38,11 +38,11 @@ class Stages(Search):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.stages:
+        if not isinstance(self.stages, Sequence) or not self.stages:
             raise DiffsteerError(f"{self.name}: give one sampler or more, such as stages=[ZeroOrder(), FeynmanKac(4)]")
         parts = [as_search(stage) for stage in self.stages]
         shares = [1.0] * len(parts) if self.shares is None else list(self.shares)
-        if len(shares) != len(parts) or not all(s > 0 for s in shares):
+        if len(shares) != len(parts) or not all(type(s) in (int, float) and s > 0 for s in shares):
             raise DiffsteerError(f"{self.name}: shares={shares}; wanted {len(parts)} positive numbers, one a stage")
         object.__setattr__(self, "_parts", parts)
         object.__setattr__(self, "_shares", [s / sum(shares) for s in shares])
@@ -56,6 +56,11 @@ class Stages(Search):
     def numbers(self) -> bool:  # type: ignore[override]
         """Does any stage want rewards that are numbers?"""
         return any(part.numbers for part in self._parts)  # type: ignore[attr-defined]
+
+    @property
+    def of_noise(self) -> bool:
+        """Is every stage's sample a function of its noise?"""
+        return all(part.of_noise for part in self._parts)  # type: ignore[attr-defined]
 
     def search(self, arena: Arena) -> Asking:
         return staged(self._parts, self._shares, arena)  # type: ignore[attr-defined]

@@ -9,12 +9,18 @@ from pathlib import Path
 from typing import Any
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
-MODELS = {"shapes": WEIGHTS / "sd", "shapes-flow": WEIGHTS / "sd-flow", "shapes-motion": WEIGHTS / "sd-motion"}
+MODELS = {
+    "shapes": WEIGHTS / "sd",
+    "shapes-flow": WEIGHTS / "sd-flow",
+    "shapes-motion": WEIGHTS / "sd-motion",
+    "shapes-turbo": WEIGHTS / "sd-turbo",
+}
 PIXELS = WEIGHTS / "pixels"  # a network alone, which no pipeline that can be steered has
 _OF_THE_FIRST = {part: WEIGHTS / "sd" / part for part in ("vae", "tokenizer", "unet", "text_encoder")}
 # What a model has from another folder.
 SHARED = {
     "shapes-flow": {part: _OF_THE_FIRST[part] for part in ("vae", "tokenizer")},
+    "shapes-turbo": {part: _OF_THE_FIRST[part] for part in ("vae", "tokenizer")},
     "shapes-motion": _OF_THE_FIRST,
 }
 NOISE = WEIGHTS / "noise-turbo" / "change.safetensors"  # of the few-step model, for its noise network
@@ -33,7 +39,7 @@ def _first_weights() -> dict[str, Any]:
     from safetensors import safe_open
 
     found = {}
-    for name in ("shapes", "shapes-flow"):
+    for name in ("shapes", "shapes-flow", "shapes-turbo"):
         with safe_open(MODELS[name] / "unet" / "diffusion_pytorch_model.safetensors", framework="pt") as file:
             found[name] = file.get_tensor("conv_in.weight")
     return found

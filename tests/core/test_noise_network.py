@@ -79,3 +79,17 @@ def test_it_is_the_first_stage_of_any_search_and_its_cost_is_declared(search) ->
     assert best.noise is not None or best.trial.given is not None
     given = best.noise if best.noise is not None else best.trial.given
     assert best.root is not None and given is not None and not torch.equal(given, best.root)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_it_works_in_half_precision_and_in_blocks(dtype: torch.dtype) -> None:
+    pipe = load_pipeline("shapes").to(dtype=dtype)
+    network, asked = noise_network_of(pipe, rank=2), []
+    for parameter in network.changes.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    delta = network.delta
+    network.delta = lambda noise, texts: asked.append(len(noise)) or delta(noise, texts)  # type: ignore[func-returns-value]
+    out = SteeredPipeline(pipe, RandomSearch(5), Compressibility(), start=network, draft=False, chunk=2)(
+        PROMPTS, num_inference_steps=2, seed=0
+    )
+    assert out.samples.isfinite().all() and max(asked) == 2 and sum(asked) == 10

@@ -16,7 +16,6 @@ from diffsteer import DiffsteerError, RewardError
 from diffsteer.budget import Budget, Cost, Purse, Stopwatch
 from diffsteer.diversity import best_diverse, diversity, features_of
 from diffsteer.judging import ByDuel, ByRank, Duel, RankEnsemble, UnorderedReward, elo, mean_rank, ranks
-from diffsteer.ledger import Ledger
 from diffsteer.prior import LIMIT, chi, diagnose, whiteness
 from diffsteer.proposals import PROPOSALS, cross, mix, partial, proposal_of, rotation
 from diffsteer.trial import Outcome, Trial
@@ -163,20 +162,23 @@ def test_the_best_are_chosen_and_copies_are_not() -> None:
     assert best_diverse(values, features, 9, 0.3)[0] == 0 and len(best_diverse(values, features, 9, 0.3)) == 4
 
 
-def test_features_do_not_see_brightness_and_do_see_places() -> None:
+def test_features_see_colours_and_places() -> None:
     image = torch.rand(1, 3, 32, 32)
-    one, brighter = features_of(image), features_of(image + 0.2)
-    assert float((one * brighter).sum()) == pytest.approx(1, abs=1e-4)
-    assert float((one * features_of(image.flip(-1))).sum()) < 0.9
-    assert features_of(torch.rand(2, 4, 3, 16, 16)).shape == (2, 3 * 64)
-    assert bool(features_of(torch.zeros(2, 3, 8, 8)).isfinite().all())
+    one = features_of(image)
+    assert float((one * one).sum()) == pytest.approx(1) and float((one * features_of(image.flip(-1))).sum()) < 0.95
+    red, black = (torch.tensor(c).view(1, 3, 1, 1).expand(1, 3, 8, 8) for c in ([1.0, 0, 0], [0.0, 0, 0]))
+    assert diversity(features_of(torch.cat([red, red]))).distance == pytest.approx(0, abs=1e-5)
+    assert diversity(features_of(torch.cat([red, black]))).distance > 0.5
+    assert features_of(torch.rand(2, 4, 3, 16, 16)).shape == (2, 3 * 64 + 1)
+    gray = diversity(features_of(torch.full((2, 3, 8, 8), 0.5)))
+    assert gray.distance == pytest.approx(0, abs=1e-5) and gray.vendi == pytest.approx(1)
 
 
 # ------------------------------------------------------------------------------------------------------ budgets
 
 
 def test_a_purse_counts_what_is_left_and_keeps_its_reserve() -> None:
-    purse = Purse(Budget(evals=100, decodes=3), Stopwatch(None, Ledger()))
+    purse = Purse(Budget(evals=100, decodes=3), Stopwatch(None))
     assert purse.affords(Cost(10, 1, 5)) == 3 and purse.affords(Cost(40)) == 2
     purse.reserve = Cost(50, 2)
     assert purse.affords(Cost(10, 1, 1)) == 1 and purse.affords(Cost(30)) == 1 and purse.affords(Cost(51)) == 0
@@ -186,18 +188,25 @@ def test_a_purse_counts_what_is_left_and_keeps_its_reserve() -> None:
     assert purse.affords(Cost(1)) == 0 and purse.share() == pytest.approx(0.4)
 
 
-def test_seconds_are_predicted_from_what_was_measured() -> None:
+def test_seconds_are_predicted_from_what_was_measured_but_not_from_warming_up() -> None:
     now = [0.0]
-    watch = Stopwatch(10.0, Ledger(), lambda: now[0])
-    purse = Purse(Budget(seconds=10.0), watch)
+    watch = Stopwatch(20.0, lambda: now[0])
+    purse = Purse(Budget(seconds=20.0), watch)
     assert purse.affords(Cost(5)) == 1  # nothing is measured yet
     purse.pay(Cost(5))
     assert purse.affords(Cost(5)) == 0  # until that one is
-    now[0], watch.evals, watch.pending = 2.0, 5, 0
-    assert purse.affords(Cost(5)) == 4
-    purse.reserve = Cost(10)
-    assert purse.affords(Cost(5)) == 2
-    now[0] = 11.0
+    now[0] = 8.0
+    watch.note(5, 8.0)  # with all that was loaded
+    assert purse.affords(Cost(5)) == 1
+    purse.pay(Cost(5))
+    now[0] = 9.0
+    watch.note(5, 1.0)
+    assert purse.affords(Cost(5)) == 11 and purse.affords(Cost(5), Cost(10)) == 9
+    watch.reserved = 4.0
+    assert purse.affords(Cost(5)) == 7
+    purse.pay(Cost(5), 3)
+    assert purse.affords(Cost(5)) == 4 and purse.affords(Cost(5), late=True) > 99
+    now[0] = 21.0
     assert purse.affords(Cost(1)) == 0 and purse.share() == 1
 
 

@@ -20,7 +20,6 @@ from diffsteer.budget import Budget, Cost, Purse, Stopwatch
 from diffsteer.found import Found
 from diffsteer.ground import DryGround, FunctionGround
 from diffsteer.judging import Duel, RankEnsemble
-from diffsteer.ledger import Ledger
 from diffsteer.reward import Reward
 from diffsteer.samplers import (
     DNO,
@@ -507,7 +506,7 @@ def test_seconds_are_kept_with_the_render_still_to_come() -> None:
     for limit in (0.05, 0.55, 1.0, 5.0):
         now[0] = 0.0
         ground = Slow(peaks, (8,), ids=[0, 1])
-        watch = Stopwatch(limit, ground.ledger, lambda: now[0])
+        watch = Stopwatch(limit, lambda: now[0])
         found = explore(RandomSearch(3), ground, Budget(seconds=limit), render=Slow(peaks, (8,), ids=[0, 1]), finalists=1,
                         stopwatch=watch)  # fmt: skip
         assert now[0] <= max(limit, 0.4) + 0.01 and (
@@ -586,7 +585,7 @@ def _costs() -> Any:
 
 
 def test_purses_share_nothing() -> None:
-    watch = Stopwatch(None, Ledger())
+    watch = Stopwatch(None)
     one, other = Purse(Budget(evals=5), watch), Purse(Budget(evals=5), watch)
     one.pay(Cost(5))
     assert other.affords(Cost(5)) == 1
