@@ -131,7 +131,7 @@ def _of_search(
             each = replace(each, per_step=(1 + is_guided(model, known)) * experts)
             length = grid_of(model, length or known.get("num_inference_steps"), known, 0.0, None, True)[0]
         drafts = (length or 50, each)
-    said = forecast_search(steered.sampler, steered.budget, draft, steps, levels, costs, drafts)
+    said = forecast_search(steered.sampler, steered.budget, draft, steps, levels, costs, drafts, steered.choice is not None)
     total = Ledger()
     for name, number in said.counts.items():
         setattr(total, name, number * prompts)

@@ -192,12 +192,13 @@ def forecast_search(
     levels: Sequence[Level],
     costs: Costs,
     drafts: tuple[int, Costs] | None,
+    choice: bool = False,
 ) -> Ledger:
     """What a search of one prompt will count: it is run without a model, on made-up rewards. Where a method's cost depends on
     rewards (depth-first, rollover, convergence) that is an example; a limit in seconds is left aside.
 
     Args:
-        drafts: steps and costs of a draft.
+        drafts: steps and costs of a draft. choice: another reward looks at what is kept.
     """
     limits = replace(budget, seconds=None) if budget is not None else Budget()
     full = DryGround(steps, levels, costs)
@@ -215,5 +216,5 @@ def forecast_search(
         backwards=ground.ledger.backwards,
         decodes=spent.decodes - tiny,
         tiny_decodes=tiny,
-        reward_calls=spent.reward_calls,
+        reward_calls=spent.reward_calls + choice * len(found.outcomes),
     )

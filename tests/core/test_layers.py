@@ -29,6 +29,8 @@ FLOORS = [
     ["judging"],
     ["trial"],
     ["draft", "staged", "found", "ground", "noise_network"],
+    ["playing"],
+    ["finals"],
     ["families"],
     ["tiny"],
     ["pipes", "embedded"],

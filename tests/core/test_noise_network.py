@@ -82,13 +82,19 @@ def test_it_is_the_first_stage_of_any_search_and_its_cost_is_declared(search) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_it_works_in_half_precision_and_in_blocks(dtype: torch.dtype) -> None:
+def test_it_works_in_half_precision_and_in_blocks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = load_pipeline("shapes").to(dtype=dtype)
-    network, asked = noise_network_of(pipe, rank=2), []
+    network = noise_network_of(pipe, rank=2)
+    asked: list[int] = []
     for parameter in network.changes.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     delta = network.delta
-    network.delta = lambda noise, texts: asked.append(len(noise)) or delta(noise, texts)  # type: ignore[func-returns-value]
+
+    def noted(noise: torch.Tensor, texts: list[str]) -> torch.Tensor:
+        asked.append(len(noise))
+        return delta(noise, texts)
+
+    monkeypatch.setattr(network, "delta", noted)
     out = SteeredPipeline(pipe, RandomSearch(5), Compressibility(), start=network, draft=False, chunk=2)(
         PROMPTS, num_inference_steps=2, seed=0
     )

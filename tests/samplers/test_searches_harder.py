@@ -18,6 +18,7 @@ from diffsteer.callable import CallableModel
 from diffsteer.draft import Draft
 from diffsteer.ground import FunctionGround
 from diffsteer.judging import Duel, RankEnsemble, mean_rank
+from diffsteer.playing import Run
 from diffsteer.prior import diagnose
 from diffsteer.reward import Reward
 from diffsteer.rewards import ClipScore, Compressibility
@@ -259,20 +260,20 @@ def test_finals_of_an_optimisation_go_back_to_its_start() -> None:
 # ---------------------------------------------------------------------------------------------- memory
 
 
-def test_what_lost_keeps_nothing_large() -> None:
-    import diffsteer.searching as searching
+def test_what_lost_keeps_nothing_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[Run] = []
 
-    runs: list[Any] = []
-    made = searching.Run
-    try:
-        searching.Run = lambda *a, **k: runs.append(made(*a, **k)) or runs[-1]  # type: ignore[assignment,misc,func-returns-value]
-        maximise(peaks, (50,), RandomSearch(120))
-    finally:
-        searching.Run = made  # type: ignore[misc]
-    finished = runs[0].finished
+    class Noted(Run):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            runs.append(self)
+
+    monkeypatch.setattr("diffsteer.searching.Run", Noted)
+    maximise(peaks, (50,), RandomSearch(120))
+    finished, whole = runs[0].finished, runs[0].whole
     large = [o for o in finished if o.sample is not None or o.trial.x.numel() or o.noise is not None]
-    assert len(finished) == 120 and len(large) == runs[0].whole < 30
-    assert all(o.trial.injected is None for o in finished[runs[0].whole :])
+    assert len(finished) == 120 and len(large) == whole < 30
+    assert all(o.trial.injected is None and o.root is not None and not o.root.numel() for o in finished[whole:])
 
 
 # ---------------------------------------------------------------------------------------------- gradients of a part
@@ -487,6 +488,15 @@ def test_a_transform_of_the_first_noise_works_on_functions_too() -> None:
 def test_lists_that_are_none(make: Any, said: str) -> None:
     with pytest.raises(DiffsteerError, match=said):
         make()
+
+
+def test_another_choice_comes_on_top_and_is_declared() -> None:
+    steered = SteeredPipeline(
+        MODEL, RandomSearch(6), reward, draft=False, choice=lambda x, p: x[:, 0], budget=Budget(reward_calls=6)
+    )
+    out = steered(["a"], num_inference_steps=STEPS, seed=0)
+    assert out.ledger.reward_calls == 6 + 4 == steered.estimate(1, STEPS).reward_calls
+    assert int(out.chosen[0]) == int(out.samples[0, :, 0].argmax())
 
 
 def test_a_search_has_no_weights_to_draw_from() -> None:

@@ -1,0 +1,122 @@
+"""Drafts made in full: how many the budget keeps room for, which, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from diffsteer.budget import Cost, Purse, Stopwatch
+from diffsteer.found import Found, gap_of
+from diffsteer.ground import Ground
+from diffsteer.playing import Run, found_of
+from diffsteer.trial import Outcome, Trial
+
+
+def whole_chain(ground: Ground) -> Trial:
+    return Trial(torch.empty(ground.shape), fresh=True)
+
+
+def price_of_final(render: Ground, remake: bool) -> Cost:
+    """What one final costs."""
+    return render.price(whole_chain(render) if remake else Trial(torch.empty(0), render.steps))
+
+
+def reserve(purse: Purse, each: Cost, finalists: int) -> int:
+    """Keep back what the finals cost, for as many as at most half of the budget pays for, one at least."""
+    half = [
+        getattr(purse.budget, name) // 2 // cost
+        for name, cost in each._asdict().items()
+        if cost and getattr(purse.budget, name) is not None
+    ]
+    finalists = max(1, min([finalists, *half]))
+    purse.reserve = Cost().plus(each, finalists)
+    return finalists
+
+
+class Finals:
+    """What becomes of drafts."""
+
+    def __init__(self, render: Ground, remake: bool, finalists: int, clock: Stopwatch) -> None:
+        self.render, self.remake, self.finalists, self.clock = render, remake, finalists, clock
+        self.price = price_of_final(render, remake)
+
+    def make(self, chosen: Sequence[tuple[Run, Outcome]]) -> list[Outcome]:
+        """Finals of drafts, paid from what was kept back."""
+        asks = []
+        for run, draft in chosen:
+            run.purse.reserve = Cost(*(max(0, a - b) for a, b in zip(run.purse.reserve, self.price, strict=True)))
+            again = Trial(draft.x, self.render.steps, root=draft.root, path=draft.path)
+            if self.remake:
+                assert draft.root is not None
+                again = Trial(draft.root, fresh=True, root=draft.root)
+            asks.append(run.ask(again, self.render))
+        pending = self.clock.pending
+        outcomes = self.render.carry(asks)
+        self.clock.pending = pending - sum(self.render.price(t).evals for _, _, t in asks)
+        for (run, draft), final in zip(chosen, outcomes, strict=True):
+            final.drafted = draft
+            run.finals.append(final)
+        return outcomes
+
+    def early(self, runs: Sequence[Run]) -> None:
+        """The first draft of all, where time is limited, since nobody knows yet what a final takes; and drafts that cannot be
+        better, which end a search if their finals cannot, either."""
+        if self.clock.limit is not None and self.clock.final is None:
+            first = next((run for run in runs if run.finished), None)
+            if first is not None:
+                began = self.clock.now()
+                self.make([(first, first.finished[0])])
+                self.clock.final = self.clock.now() - began
+                most = int(self.clock.limit / 2 / max(self.clock.final * len(runs), 1e-9))
+                self.finalists = max(1, min(self.finalists, most))
+                self.clock.reserved = self.clock.final * (self.finalists * len(runs) - 1)
+        best = [r for r in runs if r.trials is not None and r.finished and r.finished[0].reward >= r.ground.solved]
+        fresh = [
+            r for r in best if all(f.drafted is not r.finished[0] for f in r.finals) and len(r.finals) + 1 < self.finalists
+        ]
+        if fresh:
+            self.make([(run, run.finished[0]) for run in fresh])
+        for run in best:
+            if any(final.reward >= self.render.solved for final in run.finals):
+                run.stop("solved")
+
+    def rendered(self, runs: Sequence[Run]) -> list[Found]:
+        """The best drafts of each prompt at full quality, ranked anew; on Ctrl-C what there is of them, or the drafts."""
+        try:
+            self.make([(run, draft) for run in runs for draft in self.chosen(run)])
+        except KeyboardInterrupt:
+            for run in runs:
+                run.stopped = "interrupted"
+        found = []
+        for run in runs:
+            if not run.finals:
+                found.append(found_of(run))
+                continue
+            drafts = [f.drafted for f in run.finals if f.drafted is not None]
+            gap = gap_of(drafts, run.finals, run.judge)
+            run.judge, made = self.render.judge(run.prompt, run.purse), run.scored
+            run.pool(run.finals)
+            run.scored = made + len(run.finals)
+            run.history.append((run.purse.spent.evals, self.clock.elapsed, run.finished[0].reward))
+            found.append(found_of(run, gap))
+        return found
+
+    def chosen(self, run: Run) -> list[Outcome]:
+        """The drafts that are still to be made in full."""
+        run.purse.reserve = Cost()
+        if run.stopped == "solved":
+            return []
+        made = [final.drafted for final in run.finals]
+        number = (1 if run.stopped == "interrupted" else self.finalists) - len(made)
+        able = [o for o in run.finished if o.sample is not None or (self.remake and o.root is not None and o.root.numel())]
+        wanted = [d for d in run.search.finalists(able, max(number + len(made), 1)) if all(d is not m for m in made)]
+        chosen: list[Outcome] = []
+        spent = run.purse.spent
+        for draft in wanted[: max(number, 0 if made else 1)]:
+            spent = spent.plus(self.price)
+            limits = [(getattr(run.purse.budget, n), getattr(spent, n)) for n in Cost._fields]
+            if (chosen or made) and any(limit is not None and cost > limit for limit, cost in limits):
+                break
+            chosen.append(draft)
+        return chosen

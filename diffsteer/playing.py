@@ -1,0 +1,163 @@
+"""One prompt's search while it is played: its purse, its pool of finished samples, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from diffsteer.budget import Cost, Purse
+from diffsteer.diversity import best_diverse, diversity, features_of
+from diffsteer.found import Found, Gap
+from diffsteer.ground import Ask, Ground
+from diffsteer.judging import ByDuel, positions
+from diffsteer.trial import SLOTS, Arena, Asking, Outcome, Search, Trial
+from diffsteer.types import DiffsteerError
+
+POOL, POOL_OF_DUELS = 12, 6  # finished samples that are kept whole while searching, at least
+
+
+class Run:
+    """One prompt's search.
+
+    Attributes:
+        finished: finished samples, the best first. values: by the judge, one each.
+        waiting: states of the last round that are not finished.
+        finals: of drafts, what was made in full already, and from which draft.
+    """
+
+    def __init__(
+        self, prompt: int, search: Search, ground: Ground, purse: Purse, starts: Sequence[Outcome], finalists: int
+    ) -> None:
+        self.prompt, self.search, self.ground, self.purse = prompt, search, ground, purse
+        self.judge = ground.judge(prompt, purse)
+        self.arena = Arena(
+            ground.steps,
+            ground.levels,
+            ground.shape,
+            ground.seed,
+            ground.ids[prompt],
+            purse,
+            self.judge,
+            ground.price,
+            starts,
+            ground.eta,
+            ground.noise_kind,
+            drawn=purse.slots,
+        )
+        self.whole = max(POOL, 2 * search.keep, 2 * finalists)
+        self.asking: Asking = search.search(self.arena)
+        self.trials: list[Trial] | None = None
+        self.finished: list[Outcome] = []
+        self.values: list[float] = []
+        self.waiting: list[Outcome] = []
+        self.finals: list[Outcome] = []
+        self.scored, self.stopped = 0, "done"
+        self.history: list[tuple[int, float, float]] = []
+        self.advance(None)
+
+    def advance(self, outcomes: list[Outcome] | None) -> None:
+        """Hand on outcomes, and be asked for more."""
+        try:
+            self.trials = next(self.asking) if outcomes is None else self.asking.send(outcomes)
+        except StopIteration:
+            self.trials = None
+
+    def stop(self, why: str) -> None:
+        self.asking.close()
+        self.trials, self.stopped = None, why
+
+    def ask(self, trial: Trial, ground: Ground | None = None) -> Ask:
+        """Pay for a trial, and give it a number."""
+        self.purse.pay((ground or self.ground).price(trial))
+        self.purse.slots += 1
+        if self.purse.slots >= SLOTS:
+            raise DiffsteerError(f"a search of one prompt has at most {SLOTS} trials")
+        return self.prompt, self.purse.slots - 1, trial
+
+    def granted(self) -> list[Ask]:
+        """As many of the trials asked for as can be paid, with one of what is not finished then still to be finished."""
+        clock = self.purse.watch
+        if self.trials is None or (clock.limit is not None and not clock.measured and clock.pending):
+            return []  # another prompt's first trial is being measured
+        most = None
+        if clock.limit is not None and self.trials:  # the time is everybody's
+            most = max(1, self.purse.affords(self.ground.price(self.trials[0])) // clock.prompts)
+        asks: list[Ask] = []
+        for trial in self.trials[:most]:
+            if self.purse.affords(self.ground.price(trial), self.end_of(trial)) < 1:
+                break
+            asks.append(self.ask(trial))
+        if not asks and self.trials and self.purse.until < 1:
+            self.advance([])  # the share of a stage is spent
+            return self.granted()
+        if not asks and self.trials:
+            # one sample, at least, in the place of what costs too much: without gradient and look-ahead, to the end at once
+            plain = replace(self.trials[0], stop=None, gradient=False, look=0, scored=True)
+            self.stop("budget")
+            if not (self.finished or self.waiting) and self.purse.affords(self.ground.price(plain), late=True):
+                asks.append(self.ask(plain))
+        return asks
+
+    def end_of(self, trial: Trial) -> Cost:
+        """What finishing takes, after a trial."""
+        stop = self.ground.steps if trial.stop is None else trial.stop
+        return self.ground.price(Trial(trial.x, stop)) if stop < self.ground.steps else Cost()
+
+    def told(self, outcomes: list[Outcome], elapsed: float) -> None:
+        """What became of the trials: note it, and hand it on."""
+        done = [o for o in outcomes if o.final and o.trial.scored]
+        self.scored += len(done)
+        on_the_way = [o for o in outcomes if not o.final]
+        known = [o for o in on_the_way if o.trial.scored]
+        self.waiting = [known[i] for i in self.judge.order(known)] if known else on_the_way
+        if done:
+            before = self.finished[0].slot if self.finished else None
+            self.pool([*self.finished, *done])
+            best = self.finished[0]
+            if best.slot != before:
+                self.history.append((self.purse.spent.evals, elapsed, best.reward))
+        if self.trials is not None:  # not closed
+            self.advance(outcomes)
+
+    def pool(self, outcomes: list[Outcome]) -> None:
+        """Keep finished samples, the best first; the rest of them without their tensors or, where all have to meet each other,
+        not at all."""
+        values = self.judge.values(outcomes)
+        order = positions(values)
+        if isinstance(self.judge, ByDuel):
+            order = order[: max(POOL_OF_DUELS, self.search.keep)]
+        self.finished = [outcomes[i] if n < self.whole else outcomes[i].light() for n, i in enumerate(order)]
+        self.values = [float(values[i]) for i in order]
+
+    def late(self, most: int | None) -> list[Ask]:
+        """Where the budget ended on the way: as many of the best there as it still pays for are brought to the end."""
+        asks: list[Ask] = []
+        for outcome in self.waiting[:most] if self.stopped != "done" else []:
+            trial = outcome.onward(None, eta=outcome.trial.eta)
+            if (asks or self.finished) and not self.purse.affords(self.ground.price(trial)):
+                break
+            asks.append(self.ask(trial))
+        return asks
+
+
+def found_of(run: Run, gap: Gap | None = None) -> Found:
+    """The best and the different ones of what is finished."""
+    pool = [(o, v) for o, v in zip(run.finished, run.values, strict=True) if o.sample is not None][: run.whole]
+    samples = [o.sample for o, _ in pool if o.sample is not None]
+    features, values = features_of(torch.stack(samples)), torch.tensor([v for _, v in pool], dtype=torch.float64)
+    chosen = best_diverse(values, features, run.search.keep, run.search.diversity)
+    kept = tuple(pool[i][0] for i in chosen)
+    return Found(
+        outcomes=kept,
+        values=tuple(pool[i][1] for i in chosen),
+        history=tuple(run.history),
+        scored=run.scored,
+        spent=run.purse.spent,
+        diagnoses=tuple(d for d in (o.diagnosis() for o in kept) if d is not None),
+        diversity=diversity(features[chosen]),
+        pool_diversity=diversity(features),
+        gap=gap,
+        stopped=run.stopped,
+    )
