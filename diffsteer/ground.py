@@ -94,6 +94,7 @@ class DryGround(Ground):
         known = [level(1 - k / steps, k / steps) for k in range(steps, -1, -1)]
         self.levels = list(levels) if len(levels) == steps + 1 else known
         self.ledger = Ledger()
+        self._climbs = False
         self._chance = torch.Generator().manual_seed(0)
 
     def price(self, trial: Trial) -> Cost:
@@ -106,7 +107,10 @@ class DryGround(Ground):
         outcomes = []
         for _, slot, t in asks:
             stop = self.steps if t.stop is None else t.stop
-            reward = float(torch.rand((), generator=self._chance, dtype=torch.float64))
+            self._climbs |= t.gradient is not False
+            reward = (
+                float(torch.rand((), generator=self._chance, dtype=torch.float64)) + slot * self._climbs
+            )  # iterates improve
             made = Outcome(t, slot, stop, t.x, t.x, t.x, stop == self.steps, reward, torch.tensor([reward]), t.x, t.x)
             made.gradient = torch.ones_like(t.x)
             made.injected_gradient = None if t.injected is None else torch.ones_like(t.injected)

@@ -95,6 +95,10 @@ METHODS: dict[str, Callable[[int], Made]] = {
     "depth_first": lambda u: (DepthFirst(), None),
     "rollover": lambda u: (Rollover(4 * u, max(1, u - 2), batch=2), None),
     "fk": lambda u: (FeynmanKac(u), None),
+    "fk_many": lambda u: (FeynmanKac(u, events=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8)), None),
+    "fk_short": lambda u: (FeynmanKac(2 * u), None),  # on half of the steps
+    "best_of_n_short": lambda u: (BestOfN(2 * u), None),
+    "beam_late": lambda u: (Beam(*BEAMS[u], events=(0.6, 0.8)), None),
     "halving_fk": lambda u: (Stages([SuccessiveHalving(u), FeynmanKac(max(2, u // 2))]), None),
     "reno_turbo": lambda u: (ReNO(iterations=30, rate=2.0), Draft(model=fast(), finalists=max(1, u // 4))),
 }
@@ -137,13 +141,15 @@ def run(work: Path, methods: list[str], budgets: list[int], shard: tuple[int, in
                 continue
             texts, ids = [c["caption"] for c in cases], [c["id"] for c in cases]
             sampler, draft, budget = BestOfN(POOL), None, None
+            steps: dict[str, int] = {}
             if method == "pool_ode":
                 sampler = BestOfN(POOL, eta=0.0)
             elif method != "pool":
                 sampler, draft = METHODS[method](units)
-                budget = None if method == "fk" else Budget(evals=units * PLAIN)
+                budget = None if isinstance(sampler, FeynmanKac | BestOfN) else Budget(evals=units * PLAIN)
+                steps = {"num_inference_steps": 15} if method.endswith("_short") else {}
             searching = {} if budget is None else {"budget": budget, "draft": draft if draft is not None else False}
-            out = SteeredPipeline(pipe, sampler, reward, output="all", chunk=64, **searching)(texts, seed=0, ids=ids)
+            out = SteeredPipeline(pipe, sampler, reward, output="all", chunk=64, **searching)(texts, seed=0, ids=ids, **steps)
             for i, case in enumerate(cases):
                 samples = out.samples[i].float()
                 shown = samples if method.startswith("pool") else samples[out.chosen[i]][None]

@@ -31,7 +31,7 @@ from diffsteer.samplers import RandomSearch, ReNO
 from diffsteer.shapes.models import NOISE
 from diffsteer.types import Context
 
-BATCH, RATE, SCALE, RANK, LONGEST = 24, 1e-3, 15.0, 16, 4.0
+BATCH, RATE, SCALE, RANK, LONGEST = 24, 2e-3, 5.0, 16, 6.0
 EMBEDDED = Context(1, 1, True)
 
 
@@ -79,15 +79,14 @@ def stage_train(work: Path, steps: int) -> None:
         with torch.enable_grad():
             moved = (z + delta).detach().requires_grad_(True)
             scores = reward.score(chain(moved, words), texts, EMBEDDED)
-            (gradient,) = torch.autograd.grad(scores.sum(), moved)
+            gradient = network.coarse(torch.autograd.grad(scores.sum(), moved)[0])
         norms = gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
         gradient = gradient * (LONGEST / norms).clamp(max=1)
         scores = scores.detach()
         square = delta.square().flatten(1).sum(1)
         if step % 20 == 0:
-            print(
-                json.dumps({"step": step, "reward": scores.mean().item(), "square": square.mean().item()}), file=log, flush=True
-            )
+            told = {"reward": scores.mean(), "square": square.mean(), "norm": norms.median()}
+            print(json.dumps({"step": step} | {k: round(v.item(), 3) for k, v in told.items()}), file=log, flush=True)
         return (0.5 * square - SCALE * (gradient * delta).flatten(1).sum(1)).mean() / 10
 
     train("noise", work, network, loss_of, steps, RATE)

@@ -47,7 +47,7 @@ def test_every_file_once(wheel: Path) -> None:
     inside = {n for n in names if not n.split("/")[0].endswith(".dist-info")}
     wanted = tracked(".py", ".yaml", ".safetensors", ".json", ".typed") | {"diffsteer/shapes/weights/README.md"}
     assert inside == wanted, (sorted(wanted - inside), sorted(inside - wanted))
-    assert wheel.stat().st_size < 14_000_000
+    assert wheel.stat().st_size < 17_000_000
 
 
 def test_sdist_carries_the_tests(wheel: Path) -> None:
