@@ -267,10 +267,17 @@ def _fill(folder: Folder, config: DictConfig, pipe: Any, sampler: Sampler | None
     searches = isinstance(sampler, Search)
     several = f" with {particles} particle{'s' * (particles > 1)}" if not searches else ""
     name = "pipeline" if sampler is None else sampler.name + several
-    about = "about " * (searches and config.budget.seconds is not None)
-    print(f"{prompts} prompt{'s' * (prompts > 1)}, {name}: {about}{what}", flush=True)
+    timed = searches and config.budget.seconds is not None
+    if timed:
+        most = "" if config.budget.evals is None else f", {config.budget.evals} evaluations at most"
+        what = f"as many drafts and samples as {config.budget.seconds:g} s pay for{most}"
+    print(f"{prompts} prompt{'s' * (prompts > 1)}, {name}: {what}", flush=True)
     events = None if searches else prompts if hasattr(sampler, "guidance") else (cost.decodes + cost.tiny_decodes) // particles
-    with tqdm(total=cost.evaluations if searches else events, unit="evaluation" if searches else "event", disable=None) as bar:
+    with tqdm(
+        total=None if timed else cost.evaluations if searches else events,
+        unit="evaluation" if searches else "event",
+        disable=None,
+    ) as bar:
         seen = [0]
 
         def watch(info: Info | Progress) -> None:

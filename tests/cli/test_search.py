@@ -36,6 +36,12 @@ def test_a_search_keeps_its_budget_and_leaves_a_record(command: Any, toy_folder:
     assert "other settings" in run(command, f"model={toy_folder}", "sampler=zero_order", "budget.evals=48").err
 
 
+def test_time_is_a_budget(command: Any, toy_folder: Path, tmp_path: Path) -> None:
+    result = run(command, f"model={toy_folder}", "sampler=random_search", "sampler.candidates=2", "budget.seconds=1.5")
+    assert result.code == 0 and "as many drafts and samples as 1.5 s pay for" in result.out, result.err
+    assert lines(tmp_path / "one")[0]["search"]["stopped"] == "budget"
+
+
 def test_drafts_and_their_gap(command: Any, toy_folder: Path, tmp_path: Path) -> None:
     result = run(
         command, f"model={toy_folder}", "sampler=random_search", "sampler.candidates=3", "draft.steps=2", "draft.finalists=2"
