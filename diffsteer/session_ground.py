@@ -184,7 +184,7 @@ class SessionGround(Ground):
                     x = session.segment(begun.detach(), 0, free, rows).x
                 x = x.detach().requires_grad_(True)
             leaf, x = x, session.trajectory(x, free, rows=rows, checkpoints=first.checkpoint)
-            samples = x if session.decoder is None else self._decode_kept(x)
+            samples = x if session.decoder is None else self._decode_kept(x, first.checkpoint)
             values = self._objective(asks, samples)
             found = list(torch.autograd.grad(values.sum(), [leaf if free else z, *injected], allow_unused=True))
             if free:
@@ -232,13 +232,13 @@ class SessionGround(Ground):
             product *= math.sqrt(max(float(to.sigma) ** 2 - nu**2, 0.0)) / float(at.sigma)
         return product, shares
 
-    def _decode_kept(self, x: Tensor) -> Tensor:
-        """Decoded with a graph, activations computed again in the pass back."""
+    def _decode_kept(self, x: Tensor, again: bool) -> Tensor:
+        """Decoded with a graph; `again`: activations are computed again in the pass back."""
         tiny = self.session.tiny_decoder if self.tiny else None
         decoder = tiny or self.session.decoder
         assert decoder is not None
         with self.ledger.timed("tiny decode" if tiny else "decode"):
-            samples: Tensor = checkpoint(decoder, x, use_reentrant=False, preserve_rng_state=False)
+            samples: Tensor = checkpoint(decoder, x, use_reentrant=False, preserve_rng_state=False) if again else decoder(x)
         self.ledger.tiny_decodes += len(x) if tiny else 0
         self.ledger.decodes += 0 if tiny else len(x)
         return samples.float()
