@@ -98,10 +98,14 @@ METHODS: dict[str, Callable[[int], Made]] = {
     "fk_many": lambda u: (FeynmanKac(u, events=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8)), None),
     "fk_short": lambda u: (FeynmanKac(2 * u), None),  # on half of the steps
     "best_of_n_short": lambda u: (BestOfN(2 * u), None),
+    "best_of_n_third": lambda u: (BestOfN(3 * u), None),  # on a third of the steps
+    "fk_third": lambda u: (FeynmanKac(3 * u), None),
     "beam_late": lambda u: (Beam(*BEAMS[u], events=(0.6, 0.8)), None),
     "halving_fk": lambda u: (Stages([SuccessiveHalving(u), FeynmanKac(max(2, u // 2))]), None),
     "reno_turbo": lambda u: (ReNO(iterations=30, rate=2.0), Draft(model=fast(), finalists=max(1, u // 4))),
 }
+
+STEPS_OF = {"fk_short": 15, "best_of_n_short": 15, "best_of_n_third": 10, "fk_third": 10}
 
 
 def cases_of(development: bool) -> list[Case]:
@@ -147,7 +151,7 @@ def run(work: Path, methods: list[str], budgets: list[int], shard: tuple[int, in
             elif method != "pool":
                 sampler, draft = METHODS[method](units)
                 budget = None if isinstance(sampler, FeynmanKac | BestOfN) else Budget(evals=units * PLAIN)
-                steps = {"num_inference_steps": 15} if method.endswith("_short") else {}
+                steps = {"num_inference_steps": STEPS_OF[method]} if method in STEPS_OF else {}
             searching = {} if budget is None else {"budget": budget, "draft": draft if draft is not None else False}
             out = SteeredPipeline(pipe, sampler, reward, output="all", chunk=64, **searching)(texts, seed=0, ids=ids, **steps)
             for i, case in enumerate(cases):

@@ -32,6 +32,7 @@ from diffsteer.shapes.models import NOISE
 from diffsteer.types import Context
 
 BATCH, RATE, SCALE, RANK, LONGEST = 24, 2e-3, 5.0, 16, 6.0
+PER_FILE, NOISES = 1024, 8
 EMBEDDED = Context(1, 1, True)
 
 
@@ -94,6 +95,37 @@ def stage_train(work: Path, steps: int) -> None:
     network.save(work / "noise.safetensors")
 
 
+@torch.no_grad()
+def stage_scores(work: Path, count: int) -> None:
+    """Rewards of the few-step model's pictures, NOISES of them a caption: noises are keyed by file and row."""
+    out = work / "scores"
+    out.mkdir(exist_ok=True)
+    pipe = fast()
+    network, chain, reward = noise_network_of(pipe), Chain(pipe), ClipScore("shapes")
+    captions = (work / "captions.txt").read_text().split("\n")[:40_000]
+    for n in range(count // PER_FILE):
+        path = out / f"{n:04d}.pt"
+        if path.exists():
+            continue
+        rows = np.random.default_rng((10, n)).integers(0, len(captions), PER_FILE // NOISES).repeat(NOISES)
+        z, found = noises_of(n), []
+        for i in range(0, PER_FILE, 64):
+            texts = [captions[r] for r in rows[i : i + 64]]
+            network.delta(z[:1], texts[:1])
+            new = [t for t in dict.fromkeys(texts) if t not in network._texts]
+            if new:
+                network._texts |= dict(zip(new, network.encode(new), strict=True))
+            words = torch.stack([network._texts[t] for t in texts])
+            found.append(reward.score(chain(z[i : i + 64], words), texts, EMBEDDED))
+        torch.save({"rows": torch.from_numpy(rows), "rewards": torch.cat(found)}, path)
+        print(f"scores {(n + 1) * PER_FILE}/{count}", flush=True)
+
+
+def noises_of(n: int) -> Tensor:
+    """The noises of a file of scores."""
+    return torch.randn(PER_FILE, 4, 16, 16, generator=torch.Generator().manual_seed(10**7 + n))
+
+
 def stage_export(work: Path) -> None:
     NOISE.parent.mkdir(parents=True, exist_ok=True)
     NOISE.write_bytes((work / "noise.safetensors").read_bytes())
@@ -142,12 +174,14 @@ def share(found: dict[str, np.ndarray], name: str) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["train", "export", "show"])
+    parser.add_argument("command", choices=["scores", "train", "export", "show"])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--iterations", type=int, default=50)
     a = parser.parse_args()
-    if a.command == "train":
+    if a.command == "scores":
+        stage_scores(a.work, a.steps)
+    elif a.command == "train":
         stage_train(a.work, a.steps)
     elif a.command == "export":
         stage_export(a.work)
