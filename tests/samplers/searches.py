@@ -23,6 +23,7 @@ from diffsteer.samplers import (
 # name -> (a small one of its kind, does its cost depend on rewards?)
 SEARCHES: dict[str, tuple[Any, bool]] = {
     "random_search": (RandomSearch(6), False),
+    "random_search with noise": (RandomSearch(6, eta=1.0), False),
     "zero_order": (ZeroOrder(3, 4), False),
     "zero_order partial": (ZeroOrder(3, 4, proposal="partial", patience=1), False),
     "search_over_paths": (SearchOverPaths(2, 2, back=2, ahead=4), False),

@@ -499,6 +499,16 @@ def test_another_choice_comes_on_top_and_is_declared() -> None:
     assert int(out.chosen[0]) == int(out.samples[0, :, 0].argmax())
 
 
+def test_random_search_with_noise_on_the_way_is_best_of_n_without_drafts() -> None:
+    steered = SteeredPipeline(MODEL, RandomSearch(5, eta=1.0, keep=5, diversity=0.0), reward)
+    assert steered.draft is None
+    out = steered(["a", "b"], num_inference_steps=STEPS, seed=3)
+    best = SteeredPipeline(MODEL, BestOfN(5), reward)(["a", "b"], num_inference_steps=STEPS, seed=3)
+    torch.testing.assert_close(out.rewards.sort().values, best.rewards.sort().values)
+    with pytest.raises(DiffsteerError, match="no function of the first noise"):
+        SteeredPipeline(MODEL, RandomSearch(5, eta=1.0), reward, draft=Draft(steps=2))
+
+
 def test_a_search_has_no_weights_to_draw_from() -> None:
     with pytest.raises(DiffsteerError, match="no weights to draw from"):
         run(RandomSearch(2), output="draw")
