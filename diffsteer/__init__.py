@@ -9,13 +9,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffsteer.budget import Budget as Budget
     from diffsteer.callable import CallableModel as CallableModel
+    from diffsteer.draft import Draft as Draft
     from diffsteer.dropin import steered as steered
     from diffsteer.pipeline import SteeredPipeline as SteeredPipeline
     from diffsteer.pipeline import load_pipeline as load_pipeline
     from diffsteer.pipes import decoder_of as decoder_of
     from diffsteer.reward import Reward as Reward
     from diffsteer.run import SteeredOutput as SteeredOutput
+    from diffsteer.search_run import maximise as maximise
     from diffsteer.types import DiffsteerError as DiffsteerError
     from diffsteer.types import RewardError as RewardError
     from diffsteer.types import UnsupportedError as UnsupportedError
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Budget": "diffsteer.budget",
+    "Draft": "diffsteer.draft",
+    "maximise": "diffsteer.search_run",
     "CallableModel": "diffsteer.callable",
     "steered": "diffsteer.dropin",
     "SteeredPipeline": "diffsteer.pipeline",

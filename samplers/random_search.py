@@ -13,8 +13,8 @@ from diffsteer.types import setting
 class RandomSearch(Search):
     """Independent noises, best of N at its fairest: drafted cheaply, the best few rendered in full and ranked anew.
 
-    With noise on the way (eta > 0) no draft could be made again from its first noise, and there are none: it is `BestOfN` with a
-    budget. A heuristic: the chosen sample has no stated law. With one candidate and no drafts it is the plain chain.
+    With noise on the way (eta > 0) no draft could be made again from its first noise, and there are none: it is `BestOfN` with
+    a budget. A heuristic: the chosen sample has no stated law. With one candidate and no drafts it is the plain chain.
 
     Cost: N chains of drafts, and the finalists in full.
 
