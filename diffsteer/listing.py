@@ -17,14 +17,16 @@ def samplers() -> Iterator[str]:
     """Of each sampler: is it exact, does it need gradients, where it comes from, its parameters."""
     for name, cls in sorted(registered("sampler").items()):
         kind = "exact as particles grow" if cls.exact else "a heuristic"
-        yield f"{name:16} {kind}; {'needs gradients' if cls.needs_grad else 'no gradients'}; {cls.source}"
+        needs = "gradients by its settings" if isinstance(cls.needs_grad, property) else ""
+        needs = needs or ("needs gradients" if cls.needs_grad else "no gradients")
+        yield f"{name:18} {kind}; {needs}; {cls.source}"
         yield from _parameters(cls)
     for file in sorted((Path(__file__).parent / "configs" / "sampler").glob("*.yaml")):
         config = OmegaConf.load(file)
         if isinstance(config, DictConfig) and config.get("name") not in (None, "none", file.stem):
             told = ", ".join(f"{key!s}={value}" for key, value in config.items() if key not in ("defaults", "name"))
-            yield f"{file.stem:16} {str(config.get('name'))} with {told}"
-    yield f"{'none':16} the pipeline as it is, scored at the end"
+            yield f"{file.stem:18} {str(config.get('name'))} with {told}"
+    yield f"{'none':18} the pipeline as it is, scored at the end"
 
 
 def rewards() -> Iterator[str]:
@@ -34,7 +36,7 @@ def rewards() -> Iterator[str]:
         kind = "differentiable" if cls.differentiable else "not differentiable"
         low, high = cls.range
         weights = f"weights: {cls.weights}; licence: {cls.licence}" if cls.weights else "no weights"
-        yield f"{name:16} {sees}; {kind}; range {low:g} to {high:g}; {weights}"
+        yield f"{name:18} {sees}; {kind}; range {low:g} to {high:g}; {weights}"
         yield from _parameters(cls)
 
 

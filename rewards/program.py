@@ -297,6 +297,7 @@ class Program(Reward):
     name: ClassVar[str] = "program"
     modality: ClassVar[str] = "any"
     range: ClassVar[tuple[float, float]] = (float("-inf"), 0.0)
+    differentiable: ClassVar[bool] = True  # where all its measurements are
 
     def __post_init__(self) -> None:
         if not self.margin >= 0:
