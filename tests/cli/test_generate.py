@@ -182,7 +182,7 @@ def test_without_arguments_six_captions_are_compared(
 
 def test_lists_state_facts(command: Any) -> None:
     samplers = command("list", "samplers").out
-    assert "motion           freedom with strength=" in samplers
+    assert "motion             freedom with strength=" in samplers
     assert "fk" in samplers and "arXiv 2501.06848" in samplers and "target_ess=0.5" in samplers and "a heuristic" in samplers
     rewards = command("list", "rewards").out
     assert all(name in rewards for name in registered("reward")) and "quality=95" in rewards and "licence" in rewards
