@@ -89,7 +89,7 @@ class DryGround(Ground):
     """No model: outcomes are made up, so that a search shows what it will ask for. What it costs where that depends on rewards
     is one example."""
 
-    def __init__(self, steps: int, levels: Sequence[Level], costs: Costs, solved: float = float("inf")) -> None:
+    def __init__(self, steps: int, levels: Sequence[Level], costs: Costs) -> None:
         self.steps, self.costs, self.shape, self.seed, self.ids = steps, costs, (4,), 0, [0]
         known = [level(1 - k / steps, k / steps) for k in range(steps, -1, -1)]
         self.levels = list(levels) if len(levels) == steps + 1 else known

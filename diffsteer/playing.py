@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -27,9 +26,7 @@ class Run:
         finals: of drafts, what was made in full already, and from which draft.
     """
 
-    def __init__(
-        self, prompt: int, search: Search, ground: Ground, purse: Purse, starts: Sequence[Outcome], finalists: int
-    ) -> None:
+    def __init__(self, prompt: int, search: Search, ground: Ground, purse: Purse, finalists: int) -> None:
         self.prompt, self.search, self.ground, self.purse = prompt, search, ground, purse
         self.judge = ground.judge(prompt, purse)
         self.arena = Arena(
@@ -41,7 +38,7 @@ class Run:
             purse,
             self.judge,
             ground.price,
-            starts,
+            (),
             ground.eta,
             ground.noise_kind,
             drawn=purse.slots,

@@ -43,10 +43,10 @@ def explore(
     if render is not None:
         for purse in purses:
             finalists = reserve(purse, price_of_final(render, remake), finalists)
-    runs = [Run(p, search, ground, purse, [], finalists) for p, purse in enumerate(purses)]
+    runs = [Run(p, search, ground, purse, finalists) for p, purse in enumerate(purses)]
     drafts = Finals(render, remake, finalists, clock) if render is not None else None
     try:
-        while asks := [ask for run in runs for ask in run.granted()]:
+        while asks := _granted(_first(runs, clock)) or _granted(runs):
             _carry(runs, asks, ground, clock)
             if drafts is not None:
                 drafts.early(runs)
@@ -71,6 +71,16 @@ def explore(
     if drafts is not None:
         return drafts.rendered(runs)
     return [found_of(run) for run in runs]
+
+
+def _granted(runs: Sequence[Run]) -> list[Ask]:
+    return [ask for run in runs for ask in run.granted()]
+
+
+def _first(runs: Sequence[Run], clock: Stopwatch) -> Sequence[Run]:
+    """Where time is limited, prompts that have nothing yet come before those that have."""
+    waiting = [run for run in runs if run.trials is not None and not (run.finished or run.waiting)]
+    return waiting if clock.limit is not None and waiting else runs
 
 
 def _carry(runs: Sequence[Run], asks: Sequence[Ask], ground: Ground, clock: Stopwatch) -> None:

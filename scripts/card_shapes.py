@@ -4,6 +4,7 @@ python scripts/card_shapes.py sheets --out DIR        200 generated pictures on 
 python scripts/card_shapes.py agree --out DIR         the labels (scripts/labels.json) against the checker
 python scripts/card_shapes.py model                   600 held-out cases, by task, seen and unseen pairs
 python scripts/card_shapes.py clip                    right caption against one changed attribute, 3,000 clean renders
+python scripts/card_shapes.py alike                   the few-step model against the first one, from the same noise
 python scripts/card_shapes.py autoencoder             the checker after the autoencoder's round trip
 
 The first three take --model shapes | shapes-flow.
@@ -125,6 +126,28 @@ def clip(out: Path, model: str, count: int = 3000) -> None:
         print(f"{name}: {higher.float().mean():.3f} of {len(shown)}")
 
 
+def alike(out: Path, model: str) -> None:
+    """The few-step model's pictures and the first model's deterministic ones, of the same noise: how alike, and how right."""
+    cases = held_out(20, 7)
+    texts, ids, drawn = [c["caption"] for c in cases], [c["id"] for c in cases], {}
+    for name in ("shapes", "shapes-turbo"):
+        made = SteeredPipeline(load_pipeline(name), BestOfN(1, eta=0.0), ClipScore(), chunk=48)(texts, seed=0, ids=ids)
+        right = np.array([judge(s[0].float(), t) for s, t in zip(made.samples, texts, strict=True)], dtype=float)
+        print(f"{name}: right {{:.3f}} ({{:.3f}}, {{:.3f}})".format(*interval(right, texts)))
+        drawn[name] = made
+    one, other = drawn["shapes"], drawn["shapes-turbo"]
+    squares = (one.latents - other.latents).square().flatten(1).mean(1).numpy()
+    pixels = (one.samples - other.samples).abs().flatten(1).mean(1).numpy()
+    print(
+        "squared difference of latents {:.3f} ({:.3f}, {:.3f})".format(*interval(squares, texts)), f"of {one.latents.var():.2f}"
+    )
+    print("difference of pixels {:.3f} ({:.3f}, {:.3f})".format(*interval(pixels, texts)))
+    scores = torch.stack([one.rewards[:, 0], other.rewards[:, 0]])
+    picks = np.random.default_rng(0).integers(0, len(texts), (4000, len(texts)))
+    low, high = np.quantile([np.corrcoef(scores[:, p].numpy())[0, 1] for p in picks], [0.025, 0.975])
+    print(f"correlation of CLIP's scores {float(torch.corrcoef(scores)[0, 1]):.3f} ({low:.3f}, {high:.3f})")
+
+
 def autoencoder(out: Path, model: str, count: int = 3000) -> None:
     """Rejected right captions and accepted wrong ones after encoding and decoding clean renders."""
     pipe, rejected, accepted = load_pipeline("shapes"), 0, 0
@@ -144,7 +167,7 @@ def autoencoder(out: Path, model: str, count: int = 3000) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    stages = {"sheets": sheets, "agree": agree, "model": scores, "clip": clip, "autoencoder": autoencoder}
+    stages = {"sheets": sheets, "agree": agree, "model": scores, "clip": clip, "alike": alike, "autoencoder": autoencoder}
     parser.add_argument("stage", choices=stages)
     parser.add_argument("--out", type=Path, default=Path("outputs/card"))
     parser.add_argument("--model", choices=MODELS, default="shapes")

@@ -115,12 +115,12 @@ def run(code: str) -> str:
 
 
 def test_import_is_light() -> None:
-    """At most 0.2 s of the processor's time beyond torch's own import, the best of three, and no diffusers."""
+    """At most 0.2 s beyond torch's own import, the best of six, since other tests run beside it, and no diffusers."""
     code = (
-        "import sys, torch, time; t = time.process_time(); import diffsteer; from diffsteer import SteeredPipeline; "
-        "print(time.process_time() - t, 'diffusers' in sys.modules or 'open_clip' in sys.modules)"
+        "import sys, torch, time; t = time.perf_counter(); import diffsteer; from diffsteer import SteeredPipeline; "
+        "print(time.perf_counter() - t, 'diffusers' in sys.modules or 'open_clip' in sys.modules)"
     )
-    results = [run(code).split() for _ in range(3)]
+    results = [run(code).split() for _ in range(6)]
     assert {r[1] for r in results} == {"False"}
     assert min(float(r[0]) for r in results) < 0.2
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
+from diffsteer import SteeredPipeline
+from diffsteer.budget import Budget
 from diffsteer.samplers import (
     DNO,
     Beam,
@@ -19,6 +24,8 @@ from diffsteer.samplers import (
     SuccessiveHalving,
     ZeroOrder,
 )
+from diffsteer.toy import GaussianMixture
+from diffsteer.trial import Search
 
 # name -> (a small one of its kind, does its cost depend on rewards?)
 SEARCHES: dict[str, tuple[Any, bool]] = {
@@ -56,3 +63,21 @@ PLAIN: dict[str, Any] = {
     "d_flow": DFlow(iterations=1),
     "stages": Stages([RandomSearch(1)]),
 }
+
+MODEL = GaussianMixture([-1.0, 0.8], [0.35, 0.5]).model("vp")
+STEPS = 12
+
+
+def reward(x: Tensor, prompts: object) -> Tensor:
+    return -(x[:, 0] - 1.6).square()
+
+
+def peaks(z: Tensor) -> Tensor:
+    return -(z - 0.7).square().flatten(1).mean(1)
+
+
+def played(search: Search, prompts: Sequence[str], budget: Budget | None = None, model: Any = MODEL, **options: Any) -> Any:
+    """A search of prompts on a toy, without drafts unless they are given."""
+    call = {key: options.pop(key) for key in ("ids", "seed", "watch", "num_inference_steps") if key in options}
+    steered = SteeredPipeline(model, search, options.pop("reward", reward), budget=budget, **{"draft": False, **options})
+    return steered(list(prompts), **{"num_inference_steps": STEPS, "seed": 3, **call})

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from searches import MODEL, STEPS, peaks, played, reward
 from torch import Tensor
 
 from diffsteer import DiffsteerError, SteeredPipeline, load_pipeline
@@ -44,24 +45,9 @@ from diffsteer.toy import GaussianMixture, chain_law
 from diffsteer.trial import Search, Trial
 from diffsteer.types import Context
 
-MODEL = GaussianMixture([-1.0, 0.8], [0.35, 0.5]).model("vp")
-STEPS = 12
 
-
-def reward(x: Tensor, prompts: object) -> Tensor:
-    return -(x[:, 0] - 1.6).square()
-
-
-def run(
-    search: Search, prompts: Sequence[str] = ("a",), budget: Budget | None = None, model: Any = MODEL, **options: Any
-) -> Any:
-    call = {key: options.pop(key) for key in ("num_inference_steps",) if key in options}
-    steered = SteeredPipeline(model, search, options.pop("reward", reward), budget=budget, **{"draft": False, **options})
-    return steered(list(prompts), **{"num_inference_steps": STEPS, "seed": 3, **call})
-
-
-def peaks(z: Tensor) -> Tensor:
-    return -(z - 0.7).square().flatten(1).mean(1)
+def run(search: Search, prompts: Sequence[str] = ("a",), budget: Budget | None = None, **options: Any) -> Any:
+    return played(search, prompts, budget, **options)
 
 
 # ---------------------------------------------------------------------------------------------- what is left
