@@ -86,8 +86,8 @@ class Config:
         device: None for the accelerator if there is one.
         guide: gradient guidance beside a sampler that selects, one of the samplers that guide.
         budget: what a search may spend. draft: what it runs on before the best few are made in full.
-        noise_network: a trained change of the model (of the drafts' model, where there is one) that moves first noises: a file,
-            or shapes-turbo for the one that ships.
+        noise_network: a trained change of the model (of the drafts' model, where there is one) that moves first noises: a
+            file of `scripts/train_noise.py`.
         schedule: where to put the steps, in the place of the model's own grid; or in numbers, `sigmas` or `timesteps`.
     """
 

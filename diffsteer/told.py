@@ -20,7 +20,6 @@ from diffsteer.pipeline import SteeredPipeline, load_pipeline
 from diffsteer.registry import find, nearest, registered
 from diffsteer.reward import Reward
 from diffsteer.schedules import Schedule
-from diffsteer.shapes.models import NOISE
 from diffsteer.start import NoiseTransform, ReferenceNoise
 from diffsteer.types import DiffsteerError, Sampler
 
@@ -117,8 +116,8 @@ def network_told(config: DictConfig, pipe: Any, draft: Draft | bool | None) -> N
     """
     if config.noise_network is None:
         return None
-    path = NOISE if config.noise_network == "shapes-turbo" else config.noise_network
-    return noise_network_of(draft.model if isinstance(draft, Draft) and draft.model is not None else pipe, path)
+    changed = draft.model if isinstance(draft, Draft) and draft.model is not None else pipe
+    return noise_network_of(changed, config.noise_network)
 
 
 def check_network(config: DictConfig, sampler: Any) -> None:
