@@ -280,12 +280,14 @@ def test_a_schedule_is_walked_as_by_the_pipeline_object(toy_pipeline: Any, name:
     wanted = whole(PROMPTS, num_inference_steps=6, seed=3, latents=torch.randn(8, 4, 8, 8, generator=torch.Generator()))
     dropped = put(pipe, FeynmanKac(4), schedule=Karras(), seed=3)
     call(dropped, latents=torch.randn(8, 4, 8, 8, generator=torch.Generator()), num_inference_steps=6)
-    torch.testing.assert_close(
-        dropped.scheduler.steering.rewards.sort(1).values, wanted.rewards.sort(1).values, rtol=1e-3, atol=1e-3
-    )
+    both = [found.sort(1).values for found in (dropped.scheduler.steering.rewards, wanted.rewards)]
+    torch.testing.assert_close(*both, rtol=0, atol=1e-3)
     plain = put(pipe, FeynmanKac(4), seed=3)
     call(plain, latents=torch.randn(8, 4, 8, 8, generator=torch.Generator()), num_inference_steps=6)
-    assert not torch.allclose(plain.scheduler.steering.rewards, dropped.scheduler.steering.rewards, atol=0.1)
+    assert not torch.equal(plain.scheduler.timesteps, dropped.scheduler.timesteps)
+    # how far apart depends on the toy's weights, which torch draws a little differently on every kind of processor
+    apart = (plain.scheduler.steering.rewards.sort(1).values - both[0]).abs().max()
+    assert float(apart) > 0.02
     with pytest.raises(DiffsteerError, match="schedule is an object"):
         steered(pipe.scheduler, FeynmanKac(4), reward=brightness, prompts=PROMPTS, schedule="karras")  # type: ignore[arg-type]
     with pytest.raises(DiffsteerError, match="a schedule wants a sampler"):
