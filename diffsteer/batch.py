@@ -6,99 +6,33 @@ A manifest line is written after its images are on disk, so what the manifest na
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from diffsteer import media
+from diffsteer.holdout import DriftWarning, Selected, warn_of_drift
+from diffsteer.prompts import Item
 from diffsteer.sheet import sheet
-from diffsteer.types import DiffsteerError, Info
+from diffsteer.types import DiffsteerError, FailedError, PromptError, RewardError
 
 if TYPE_CHECKING:
-    from diffsteer.pipeline import SteeredPipeline
     from diffsteer.run import SteeredOutput
 
 SHOWN = 64  # images on the sheet, the first ones
-MANIFEST, TIMINGS, GRID = "manifest.jsonl", "timings.jsonl", "grid.png"
+MANIFEST, TIMINGS, ERRORS, RUN, GRID = "manifest.jsonl", "timings.jsonl", "errors.jsonl", "run.json", "grid.png"
+ALIKE = 3  # failures, all alike and nothing done yet, after which the rest is not tried
 # Those that each prompt has of its own, however many run together.
-_COUNTS = ("evaluations", "backwards", "decodes", "tiny_decodes", "reward_calls")
-_RARE = ("backwards", "tiny_decodes")
-
-
-@dataclass(frozen=True)
-class Item:
-    """A prompt to do. `id` keys its randomness; `index`, its place in the list, names what is made of it."""
-
-    index: int
-    id: int | str
-    prompt: str
-
-    @property
-    def name(self) -> str:
-        """The name of its image (video, sound), without ending and folder."""
-        return f"{self.index:03d}"
-
-
-def as_items(prompts: Sequence[str]) -> list[Item]:
-    """Items whose ids are their indices."""
-    return [Item(i, i, prompt) for i, prompt in enumerate(prompts)]
-
-
-def read_items(path: str | Path) -> list[Item]:
-    """Prompts from a file: .jsonl or .json with an object a line (``prompt``, and ``id`` if wanted), or else a prompt a line.
-
-    Raises:
-        DiffsteerError: no such file, nothing in it, a line that is no such object, or an id twice.
-    """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        near = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
-        raise DiffsteerError(f"prompts={path}: {error.strerror or error}{_did_you_mean(path.name, near)}") from error
-    except UnicodeDecodeError as error:
-        raise DiffsteerError(f"prompts={path}: it is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    filled = [(number, line.rstrip("\r")) for number, line in enumerate(lines, 1) if line.strip()]
-    if path.suffix not in (".jsonl", ".json"):
-        items = as_items([line for _, line in filled])
-    else:
-        items = [_item(index, line, f"{path}, line {number}") for index, (number, line) in enumerate(filled)]
-    if not items:
-        raise DiffsteerError(f"prompts={path}: there is no prompt in it")
-    first: dict[int | str, int] = {}
-    for item, (number, _) in zip(items, filled, strict=True):
-        if first.setdefault(item.id, number) != number:
-            raise DiffsteerError(f"{path}, line {number}: the id {item.id!r} was given in line {first[item.id]} already")
-    return items
-
-
-def _item(index: int, line: str, where: str) -> Item:
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise DiffsteerError(f'{where}: no JSON ({error}); wanted {{"prompt": "..."}}') from error
-    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-        raise DiffsteerError(f'{where}: wanted an object with a text "prompt", such as {{"prompt": "a red star"}}')
-    ours = [key for key in entry if key in ("seed", "negative_prompt", "guidance_scale", "num_inference_steps")]
-    if ours:
-        raise DiffsteerError(
-            f"{where}: {ours[0]!r} cannot be set for one prompt; give {ours[0]}= for all (valid here: prompt, id)"
-        )
-    id = entry.get("id", index)
-    if isinstance(id, bool) or not isinstance(id, (int, str)):
-        raise DiffsteerError(f"{where}: the id {id!r} is neither a text nor a whole number")
-    return Item(index, id, entry["prompt"])
-
-
-def _did_you_mean(name: str, valid: list[str]) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(name, valid, 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+_COUNTS = ("evaluations", "backwards", "decodes", "tiny_decodes", "reward_calls", "held_out_calls")
+_RARE = ("backwards", "tiny_decodes", "held_out_calls")
 
 
 @dataclass
@@ -114,11 +48,14 @@ class Folder:
     items: list[Item]
     settings_hash: str
     entries: dict[int | str, dict[str, Any]] = field(default_factory=dict)
+    failed: dict[int | str, dict[str, Any]] = field(default_factory=dict)
     texts: Callable[[Item], dict[str, str]] = lambda item: {}
     video: str = "gif"
+    kinds: set[str] = field(default_factory=set)  # of errors
 
     def __post_init__(self) -> None:
         manifest, prompts = self.path / MANIFEST, {item.id: item for item in self.items}
+        names = {item.name for item in self.items}
         cut_unfinished(self.path / TIMINGS)
         whole = _whole_lines(manifest)
         for entry in whole:
@@ -126,20 +63,40 @@ class Folder:
                 raise DiffsteerError(f"{manifest} was made with other settings; choose another out=")
             item = prompts.get(entry["id"])
             name = Path(entry["image"]).stem
-            if item is not None and (item.prompt, item.name) != (entry["prompt"], name):
+            same = item is not None and (item.prompt, item.name, dict(item.overrides)) == (
+                entry["prompt"],
+                name,
+                entry.get("overrides", {}),
+            )
+            if item is not None and not same:
                 said = f"{entry['prompt']!r} under the id {item.id!r}"
                 raise DiffsteerError(f"{manifest} has {said}, and this run something else; choose another out=")
-            if item is None and name in [i.name for i in self.items]:
+            if item is None and name in names:
                 raise DiffsteerError(f"{manifest} has {entry['image']} for the id {entry['id']!r}; choose another out=")
             images = [entry["image"], *(p["image"] for p in entry.get("particles", []))]
             stopped = entry.get("search", {}).get("stopped") == "interrupted"  # before its budget was spent: it is done again
             if not stopped and all((self.path / image).is_file() for image in images):
                 self.entries[entry["id"]] = entry
 
+    def start(self) -> None:
+        """A run begins: what failed before is tried again."""
+        self.failed.clear()
+        self.kinds.clear()
+        if self.missing:
+            (self.path / ERRORS).unlink(missing_ok=True)
+            with replacing(self.path / RUN) as part:
+                part.write_text(json.dumps({"prompts": len(self.items), "settings": self.settings_hash}))
+
     @property
     def missing(self) -> list[Item]:
         """The items to do."""
         return [item for item in self.items if item.id not in self.entries]
+
+    def fail(self, item: Item, error: Exception) -> None:
+        """Note that an item could not be made."""
+        said = " ".join(f"{type(error).__name__}: {error}".split()) if not isinstance(error, DiffsteerError) else str(error)
+        self.failed[item.id] = {"id": item.id, "prompt": item.prompt, "error": said[:2000]}
+        append(self.path / ERRORS, [self.failed[item.id]])
 
     def add(self, items: Sequence[Item], out: SteeredOutput, seed: int, output: str) -> None:
         """Write what a call made of some items: images, then their manifest lines, then what it took."""
@@ -156,12 +113,20 @@ class Folder:
             entry: dict[str, Any] = {
                 "id": item.id,
                 "prompt": item.prompt,
-                "seed": seed,
+                "seed": item.overrides.get("seed", seed),
                 "image": stem + suffix,
                 **facts[chosen],
             }
+            entry |= {key: dict(told) for key, told in (("overrides", item.overrides), ("about", item.about)) if told}
             exponent = finite(out.trace.events[-1].exponent[p]) if out.trace.events else None
             entry |= {"log_z": finite(out.log_z[p]), "exponent": exponent}
+            if out.held_out:
+                entry["held_out"] = {
+                    name: {"score": finite(held.scores[p, chosen]), **_facts(held.selected, p)}
+                    for name, held in out.held_out.items()
+                }
+                if out.selected is not None:
+                    entry["selected"] = _facts(out.selected, p)
             mine = counts
             if per > 1:
                 entry["diversity"] = diversities[p]._asdict()
@@ -196,47 +161,99 @@ class Folder:
         if not (self.path / MANIFEST).is_file() or (self.path / MANIFEST).read_text(encoding="utf-8") != text:
             with replacing(self.path / MANIFEST) as part:
                 part.write_text(text, encoding="utf-8")
+        _drift([self.entries[id] for id in asked])
         shown = [e for e in (self.entries[id] for id in asked[:SHOWN]) if not e["image"].endswith(".wav")]
         sheet([[self.path / e["image"] for e in shown]], [e["prompt"] for e in shown], self.path / GRID)
 
 
 def generate(
-    steered: SteeredPipeline,
+    run: Callable[[Sequence[Item]], SteeredOutput],
     folder: Folder,
     *,
     seed: int,
+    output: str,
     batch: int = 1,
-    watch: Callable[[Info], None] | None = None,
     done: Callable[[int], None] | None = None,
-    **call: Any,
 ) -> None:
-    """Do what is missing in a folder, `batch` prompts at a time, and finish it.
+    """Do what is missing in a folder, `batch` prompts at a time, and finish it. Prompts for which the same is asked run
+    together. One that fails is noted, and the others go on; of a batch that fails, each is tried alone.
 
     Args:
-        watch: as in `SteeredPipeline`. done: called with the number of prompts that were just finished.
-        call: the pipeline's own arguments.
+        run: makes some items, for which the same is asked. output: as the pipeline is told.
+        done: called with the number of prompts that were just finished.
 
     Raises:
-        DiffsteerError: and everything that was finished before stays, in the folder.
+        FailedError: some prompts failed.
+        DiffsteerError: what is wrong with more than a prompt; everything that was finished before stays, in the folder.
     """
-    from diffsteer import rng
-
     missing = folder.missing
-    size = batch if steered.sampler is not None else 1
-    for start in range(0, len(missing), size):
-        items = missing[start : start + size]
-        if steered.sampler is not None:
-            out = steered([i.prompt for i in items], seed=seed, ids=[i.id for i in items], watch=watch, **call)
-        elif items[0].id == 0:  # a single prompt is the plain pipeline with this seed, also once others have joined it
-            out = steered([items[0].prompt], seed=seed, **call)
-        else:
-            out = steered([items[0].prompt], generator=rng.generator(seed, items[0].id), **call)
-        folder.add(items, out, seed, steered.output)
-        if any(found.stopped == "interrupted" for found in out.trace.searches):
-            raise KeyboardInterrupt
+    folder.start()
+    for items in batches(missing, batch):
+        try:
+            _one(run, folder, items, seed, output)
+        except (DiffsteerError, OSError) as error:
+            if not isinstance(error, RewardError | PromptError):
+                raise  # no other prompt would fare better
+            _alone(run, folder, items, seed, output, error)
+        except Exception as error:
+            _alone(run, folder, items, seed, output, error)
         if done is not None:
             done(len(items))
     folder.finish()
+    if folder.failed:
+        first = next(iter(folder.failed.values()))
+        raise FailedError(
+            f"{len(folder.failed)} of {len(folder.items)} prompts failed, see {ERRORS}; the first was {first['prompt']!r}: "
+            f"{first['error']}"
+        )
+
+
+def batches(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
+    """Up to `size` items at a time, of those that follow each other and for which the same is asked."""
+    for _, alike in itertools.groupby(items, key=lambda item: item.asked):
+        group = list(alike)
+        yield from (group[i : i + size] for i in range(0, len(group), size))
+
+
+def _one(run: Callable[[Sequence[Item]], SteeredOutput], folder: Folder, items: list[Item], seed: int, output: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DriftWarning)  # the folder is looked at as a whole
+        out = run(items)
+    folder.add(items, out, seed, output)
+    if any(found.stopped == "interrupted" for found in out.trace.searches):
+        raise KeyboardInterrupt
+
+
+def _alone(
+    run: Callable[[Sequence[Item]], SteeredOutput],
+    folder: Folder,
+    items: list[Item],
+    seed: int,
+    output: str,
+    error: Exception,
+) -> None:
+    """Items of a batch that failed, each by itself; those that fail again are noted.
+
+    Raises:
+        Exception: what they fail with, where nothing works at all.
+    """
+    for item in items:
+        mine = error
+        if len(items) > 1:
+            try:
+                _one(run, folder, [item], seed, output)
+                continue
+            except (DiffsteerError, OSError) as again:
+                if not isinstance(again, RewardError | PromptError):
+                    raise
+                mine = again
+            except Exception as again:
+                mine = again
+        folder.fail(item, mine)
+        hopeless = len(folder.failed) >= min(ALIKE, len(folder.items)) and not folder.entries
+        if hopeless and len({type(mine).__name__, *folder.kinds}) == 1:
+            raise mine
+        folder.kinds.add(type(mine).__name__)
 
 
 def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -289,6 +306,25 @@ def append(path: Path, entries: Sequence[dict[str, Any]]) -> None:
 
 def _line(entry: dict[str, Any]) -> str:
     return json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _facts(of: Selected, p: int) -> dict[str, float | None]:
+    """What choosing did to a reward, for one prompt."""
+    return {"gain": finite(of.gains[p]), "variance": finite(of.variances[p])}
+
+
+def _drift(entries: Sequence[dict[str, Any]]) -> None:
+    """Warn where, over a whole folder, choosing raised the reward and lowered one that was held out."""
+    told = [e for e in entries if e.get("selected")]
+
+    def whole(facts: Sequence[dict[str, float | None]]) -> Selected:
+        rows = [[math.nan if f[key] is None else f[key] for key in ("gain", "variance")] for f in facts]
+        return Selected(*torch.tensor(rows, dtype=torch.float64).unbind(1))
+
+    names = {name for e in told for name in e["held_out"]}
+    held = {n: whole([e["held_out"][n] for e in told if n in e["held_out"]]) for n in sorted(names)}
+    if told:
+        warn_of_drift(whole([e["selected"] for e in told]), held)
 
 
 def finite(value: Any) -> float | None:

@@ -1,4 +1,4 @@
-"""The command line: ``diffsteer generate | tune | list | comfy``. Parsing and composing are Hydra's, see `diffsteer.config`.
+"""The command line: ``diffsteer generate | tune | status | list | comfy``. Parsing and composing are Hydra's (`config`).
 
 Modules that need torch are imported when a command does, so that ``--help`` and ``--version`` answer at once.
 """
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 USAGE = """\
 diffsteer generate [prompt=TEXT | prompts=FILE] [key=value ...]   images, steered by a reward (--help tells the keys)
 diffsteer tune tune.parameters.NAME=LOW..HIGH [key=value ...]     a sampler's parameters, searched for a reward
+diffsteer status DIR                                              how far a folder of results is
 diffsteer list samplers | rewards | models | schedules            what there is
 diffsteer comfy export DIR | doctor DIR | graph key=value ...     nodes for ComfyUI, and runs as graphs
 diffsteer --version"""
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> int:
     if command in ("", "--help", "-h"):
         print(USAGE)
         return OK if command else WRONG_INPUT
-    commands = {"generate": _generate, "tune": _tune, "list": _list, "comfy": _comfy}
+    commands = {"generate": _generate, "tune": _tune, "status": _status, "list": _list, "comfy": _comfy}
     if command not in commands:
         import difflib
 
@@ -95,12 +96,12 @@ def _report(error: Exception, more: str = "") -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     from diffsteer.config import explain, one_line
-    from diffsteer.types import DiffsteerError, RewardError
+    from diffsteer.types import DiffsteerError, FailedError, RewardError
 
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return _complain(explain(error))
     if isinstance(error, DiffsteerError):
-        failed = isinstance(error, RewardError)
+        failed = isinstance(error, RewardError | FailedError)
         return _complain(one_line(error) + (more if failed else ""), FAILED if failed else WRONG_INPUT)
     if isinstance(error, OSError) and error.filename is not None and error.errno in _NO_SUCH_PLACE:
         return _complain(f"{error.filename}: {error.strerror}")
@@ -253,6 +254,17 @@ def _comfy(argv: list[str]) -> int:
 
     with _warnings_in_a_line():
         return comfy(argv)
+
+
+def _status(argv: list[str]) -> int:
+    from diffsteer.status import status
+
+    if len(argv) != 1 or argv[0].startswith("-"):
+        return _complain("status of what? diffsteer status DIR, a folder of results")
+    lines, done = status(argv[0])
+    for line in lines:
+        print(line)
+    return OK if done else FAILED
 
 
 def _list(argv: list[str]) -> int:

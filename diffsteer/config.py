@@ -20,12 +20,15 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from diffsteer import __version__
+from diffsteer.expression import is_expression, reward_of
 from diffsteer.fingerprint import fingerprints
 from diffsteer.registry import find, nearest, registered
+from diffsteer.reward import Reward
 from diffsteer.types import DiffsteerError
 
+EXPRESSION = "expression"  # the option of reward= that stands for a text such as clip + 0.3*z(aesthetic)
 GROUPS = ("sampler", "reward")  # of the registry, that can be configured
-_WITH_FILES = ("model", "reward", "decoder", "reference", "draft", "noise_network")  # keys that may name some
+_WITH_FILES = ("model", "reward", "decoder", "reference", "draft", "noise_network", "holdout")  # keys that may name some
 # Keys that do not change what a prompt's result is. `chunk` does in a deterministic run, where every block has that size.
 _WITHOUT_EFFECT = ("prompt", "prompts", "out", "batch")
 
@@ -88,6 +91,7 @@ class Config:
         budget: what a search may spend. draft: what it runs on before the best few are made in full.
         noise_network: a trained change of the model (of the drafts' model, where there is one) that moves first noises: a
             file of `scripts/train_noise.py`.
+        holdout: a reward, or a list of them, that looks on and never steers; "checker" reads the shapes world.
         schedule: where to put the steps, in the place of the model's own grid; or in numbers, `sigmas` or `timesteps`.
     """
 
@@ -120,6 +124,7 @@ class Config:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     draft: DraftConfig = field(default_factory=DraftConfig)
     noise_network: str | None = None
+    holdout: Any = None
 
 
 @dataclass
@@ -185,6 +190,7 @@ def register_schemas(whole: type[Config] = Config) -> None:
         store.store(name=name, group="schedule", node=schema(cls, name))
     for group in ("guide", "schedule"):
         store.store(name="none", group=group, node={"name": "none"})
+    store.store(name=EXPRESSION, group="reward", node={"name": EXPRESSION, "text": MISSING})
 
 
 def build(kind: str, config: DictConfig) -> Any:
@@ -201,6 +207,8 @@ def build(kind: str, config: DictConfig) -> Any:
         if extra:
             raise DiffsteerError(f"{kind}=none has no {extra[0]!s}")
         return None
+    if kind == "reward" and name == EXPRESSION:
+        return expressed(config)
     group, kind = kind, "sampler" if kind == "guide" else kind
     cls = find(kind, name)
     try:
@@ -221,9 +229,32 @@ def build(kind: str, config: DictConfig) -> Any:
     return cls(**{str(k): tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
+def expressed(config: DictConfig) -> Reward:
+    """The reward that a text such as ``clip + 0.3*z(aesthetic)`` stands for, each of its rewards checked as on its own.
+
+    Raises:
+        DiffsteerError: what is not understood, or an unknown reward or key.
+    """
+    text = config.get("text") if not OmegaConf.is_missing(config, "text") else None
+    if not isinstance(text, str) or set(config) != {"name", "text"}:
+        raise DiffsteerError(f"reward={EXPRESSION} takes a text and nothing else: reward='clip + 0.3*z(aesthetic)'")
+    return reward_of(text, lambda name, given: build("reward", OmegaConf.create({"name": name, **given})), registered("reward"))
+
+
+def named(value: Any) -> Any:
+    """What a text or a mapping names, as a mapping with a name: an option, or an expression of rewards."""
+    if not isinstance(value, str):
+        return value
+    if is_expression(value, registered("reward")):
+        return {"name": EXPRESSION, "text": value}
+    return {"name": value}
+
+
 def _mapping(value: Any, where: str) -> DictConfig:
     """A sampler within a sampler, or a reward within a reward, by its name or as a mapping."""
-    made = OmegaConf.create({"name": value} if isinstance(value, str) else value)
+    made = OmegaConf.create(
+        named(value) if where.startswith("reward") else {"name": value} if isinstance(value, str) else value
+    )
     if not isinstance(made, DictConfig):
         raise DiffsteerError(f"{where}: {value!r} is neither a name nor a mapping such as {{name: ...}}")
     return made
@@ -235,8 +266,10 @@ def settings(config: DictConfig, **more: Any) -> tuple[dict[str, Any], str]:
     values = OmegaConf.to_container(config, resolve=True)
     assert isinstance(values, dict)
     left_out = _WITHOUT_EFFECT if config.deterministic else (*_WITHOUT_EFFECT, "chunk")
-    named = {key: values[key] for key in _WITH_FILES if config.get(key) is not None}
-    files = fingerprints(named, Path(config.out))
+    with_files = {key: values[key] for key in _WITH_FILES if config.get(key) is not None}
+    texts = re.findall(r"""'([^']*)'|"([^"]*)\"""", str(config.reward.get("text") or "")) if config.get("reward") else []
+    quoted = [a or b for a, b in texts]  # in an expression
+    files = fingerprints(with_files | {"in reward": quoted} if quoted else with_files, Path(config.out))
     kept = {str(k): v for k, v in values.items() if k not in left_out} | {"version": __version__, "files": files} | more
     return kept, hashlib.sha256(json.dumps(kept, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 

@@ -61,5 +61,8 @@ def _leaves(key: str, value: Any) -> Iterator[tuple[str, str]]:
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from _leaves(f"{key}.{name}" if key else str(name), inner)
+    elif isinstance(value, list | tuple):
+        for number, inner in enumerate(value):
+            yield from _leaves(f"{key}.{number}", inner)
     elif isinstance(value, str):
         yield key, value

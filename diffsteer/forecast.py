@@ -73,6 +73,7 @@ def forecast(
         experts=len(steered.experts),
         tiny=steered.decoder.startswith("tiny"),
         tapped=steered.reward is not None and bool(steered.reward.taps),
+        holdouts=len(steered.holdouts),
         guide=steered.guide,
         levels=steered.pipe.grid(steps, schedule)[1] if isinstance(steered.pipe, CallableModel) else levels,
         **facts,
@@ -131,7 +132,8 @@ def _of_search(
             each = replace(each, per_step=(1 + is_guided(model, known)) * experts)
             length = grid_of(model, length or known.get("num_inference_steps"), known, 0.0, None, True)[0]
         drafts = (length or 50, each)
-    said = forecast_search(steered.sampler, steered.budget, draft, steps, levels, costs, drafts, steered.choice is not None)
+    chooses, held = steered.choice is not None, len(steered.holdouts)
+    said = forecast_search(steered.sampler, steered.budget, draft, steps, levels, costs, drafts, chooses, held)
     total = Ledger()
     for name, number in said.counts.items():
         setattr(total, name, number * prompts)
@@ -164,6 +166,7 @@ def estimate(
     levels: Sequence[Level] | None = None,
     enters: bool = False,
     tapped: bool = False,
+    holdouts: int = 0,
 ) -> Ledger:
     """The counts that a run will have, before it runs: equal to what it then counts, the padding of blocks aside.
 
@@ -177,6 +180,7 @@ def estimate(
         further: steps at which every row is evaluated once more.
         guide: gradient guidance beside the sampler's own, if it has any. levels: of the grid; without them all are guided.
         enters: `entered` holds for guided segments, too.
+        holdouts: rewards that look on.
         tapped: guidance through the network reads its features, and evaluates a row a prompt for the reference's.
     """
     rows, events = (prompts, 1) if sampler is None else (prompts * sampler.particles, len(sampler.schedule(steps)))
@@ -205,4 +209,5 @@ def estimate(
         decodes=rows * (1 if tiny else events) + looks - features if decoded else 0,
         tiny_decodes=rows * (events - 1) if decoded and tiny else 0,
         reward_calls=rows * (events * (rewards > 0) + (rewards > 1)) + looks,
+        held_out_calls=rows * events * holdouts,
     )

@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from diffsteer import __version__
 from diffsteer.algebra import NOISES
-from diffsteer.batch import GRID, MANIFEST, Folder, Item, as_items, generate, read_items
+from diffsteer.batch import GRID, MANIFEST, Folder, generate
 from diffsteer.blocks import check_size
+from diffsteer.calibration import calibrated, settled_scales
 from diffsteer.config import Config, as_yaml, build, settings
 from diffsteer.draft import draft_of
 from diffsteer.families import family_of
@@ -27,6 +28,7 @@ from diffsteer.grids import check_schedule
 from diffsteer.guidance import guidance_of
 from diffsteer.media import check_video
 from diffsteer.pipeline import TRANSITIONS, check_effect, load_pipeline
+from diffsteer.prompts import Item, as_items, read_items
 from diffsteer.registry import find, nearest
 from diffsteer.reward import Reward
 from diffsteer.run import OUTPUTS
@@ -40,13 +42,14 @@ from diffsteer.told import (
     check_network,
     draft_told,
     given_call,
+    holdouts_told,
     network_told,
     rewarded,
     schedule_of,
-    steered_of,
 )
 from diffsteer.trial import Search
 from diffsteer.types import Context, DiffsteerError, Info, Sampler
+from diffsteer.work import Work, wished
 
 # What runs without a prompt: one caption a task of the shapes world.
 CAPTIONS = (
@@ -69,6 +72,8 @@ CLIP_CAPTIONS = (
 DTYPES = ("float32", "float16", "bfloat16")
 # Arguments of a call that no text stands for, or that say who is who in a batch.
 _NOT_HERE = ("latents", "callback_on_step_end", "ids", "reward_prompts", "watch", "rehearse", "generator")
+CHECKED = 1000  # prompts that are looked at before any work is done
+SCALES = "scales.json"  # of a reward's z-scores, as they were measured
 PLAIN = "plain"  # the folder, inside the one of the demonstration, of what is not steered
 
 
@@ -84,10 +89,13 @@ def generate_folder(config: DictConfig, out: Path, shown: str) -> None:
     demo = check(config)
     items = items_of(config)
     sampler = build("sampler", config.sampler)
+    for item in {item.asked: item for item in items if "reward" in item.overrides}.values():
+        wished(config, item)
     reward, start = rewarded(config)
     guide = build("guide", config.guide)
     guidance_of(guide, sampler)
     budget, draft = _search_of(config, sampler, reward, guide)
+    holdouts = holdouts_told(config, [item.prompt for item in items])
     check_network(config, sampler)
     check_schedule(build("schedule", config.schedule), sampler is not None, config.transition)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -108,12 +116,15 @@ def generate_folder(config: DictConfig, out: Path, shown: str) -> None:
     if todo and config.draft.model is not None:
         draft = draft_told(config, device)
     if pipe is not None and reward is not None:  # a prompt that cannot be scored is refused before any other is done
-        reward.prepare([item.prompt for item in folder.missing], Context(embedded=is_embedded(pipe)))
+        for r in (reward, *holdouts.values()):  # of many prompts the first ones; of the others each when it is its turn
+            r.prepare([item.prompt for item in folder.missing[:CHECKED]], Context(embedded=is_embedded(pipe)))
+        reward = scaled_reward(reward, config, pipe, [item.prompt for item in items], out, digested)
     start = start if pipe is None or config.noise_network is None else network_told(config, pipe, draft)
     schedule = None if pipe is None else schedule_of(config, pipe, [i.prompt for i in items], out, digested)
     for f, method in runs.values():
         steers = method is sampler  # the other of a demonstration is plain
         objects: dict[str, Any] = {"guide": guide, "start": start, "budget": budget, "draft": draft} if steers else {}
+        objects["holdout"] = holdouts
         _fill(f, config, pipe, method, reward, schedule=schedule, **objects)
     if demo:
         _show_demo({name: f for name, (f, _) in runs.items()})
@@ -121,6 +132,20 @@ def generate_folder(config: DictConfig, out: Path, shown: str) -> None:
     kind = Path(folder.entries[items[0].id]["image"]).parts[0].removesuffix("s")
     sheets = f", {GRID}" if kind != "sound" else ""
     print(f"{len(items)} {kind}{'s' * (len(items) > 1)}{sheets} and {MANIFEST} in {shown}{before}")
+
+
+def scaled_reward(reward: Reward, config: DictConfig, pipe: Any, prompts: list[str], out: Path, settings_hash: str) -> Reward:
+    """The reward, its z-scores brought to the scale of unguided samples, which is measured once a folder."""
+
+    def measure() -> Reward:
+        print(f"scales of {reward.name}: measured first, on unguided samples", flush=True)
+        steps = {} if config.num_inference_steps is None else {"num_inference_steps": config.num_inference_steps}
+        negative = {} if config.negative_prompt is None else {"negative_prompt": config.negative_prompt}
+        grids = ("sigmas", "timesteps")
+        call = {k: v for k, v in call_of(config).items() if k not in grids} | steps | negative
+        return calibrated(reward, pipe, prompts, seed=config.seed, **call)
+
+    return settled_scales(reward, out / SCALES, settings_hash, measure)
 
 
 def check(config: DictConfig, prompted: bool = False) -> bool:
@@ -203,8 +228,11 @@ def _texts(
     from diffsteer.comfy.of_run import graph_of
 
     mine = {"sampler": None} if sampler is None else {"sampler": {"name": sampler.name, **vars(sampler)}}
-    about = {"version": __version__, "prompt": item.prompt, "id": item.id, "settings": {**told, **mine}}
+    own = {"overrides": dict(item.overrides)} if item.overrides else {}
+    about = {"version": __version__, "prompt": item.prompt, "id": item.id, **own, "settings": {**told, **mine}}
     texts = {"diffsteer": json.dumps(about, default=str)}
+    if own:  # the graph is that of the configuration
+        return texts
     with contextlib.suppress(DiffsteerError):
         texts["prompt"] = json.dumps(graph_of(config, item.prompt, sampler, reward).api())
     return texts
@@ -256,11 +284,12 @@ def _fill(folder: Folder, config: DictConfig, pipe: Any, sampler: Sampler | None
         return
     made = family_of(pipe)
     check_inputs(True, reward, makes=made.makes if made else "")
-    steered = steered_of(config, pipe, sampler, reward, **objects)
+    work = Work(config, pipe, sampler, reward, objects)
     prompts, particles = len(folder.missing), sampler.particles if sampler else 1
     check_call(pipe, given_call(config))
-    call = call_of(config)
-    cost = steered.estimate(prompts, config.num_inference_steps, negative_prompt=config.negative_prompt, **call)
+    for item in {item.asked: item for item in folder.missing}.values():
+        check_call(pipe, {key: item.overrides[key] for key in ("width", "height") if key in item.overrides})
+    cost = work.estimate(folder.missing)
     tiny = f" and {cost.tiny_decodes} tiny ones" if cost.tiny_decodes else ""
     back = f", {cost.backwards} of them backwards" if cost.backwards else ""
     what = f"{cost.evaluations} evaluations{back}, {cost.decodes} decodes{tiny}, {cost.reward_calls} reward calls"
@@ -290,16 +319,14 @@ def _fill(folder: Folder, config: DictConfig, pipe: Any, sampler: Sampler | None
             bar.set_postfix(reward=f"{float(best):.3g}", ess=f"{float(info.ess.mean()):.1f}/{particles}")
             bar.update(len(info.ess))
 
+        work.watch = watch
         generate(
-            steered,
+            work.run,
             folder,
             seed=config.seed,
-            batch=config.batch,
-            watch=watch,
+            output=config.output,
+            batch=config.batch if sampler is not None else 1,
             done=bar.update if sampler is None else None,
-            num_inference_steps=config.num_inference_steps,
-            negative_prompt=config.negative_prompt,
-            **call,
         )
 
 

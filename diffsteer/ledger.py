@@ -21,9 +21,10 @@ class Ledger:
         padding: of further rows that only filled up a block of fixed size (`deterministic`).
         forwards: calls of the denoiser.
         backwards: rows whose gradient went back through the denoiser.
-        decodes: latents decoded. tiny_decodes: by a tiny decoder. reward_calls: samples scored.
+        decodes: latents decoded. tiny_decodes: by a tiny decoder. reward_calls: samples scored. held_out_calls: samples scored
+            by each reward that only looks on.
         skipped: updates of gradient guidance that were left out, since their gradients were no numbers.
-        seconds: wall time by stage: denoiser, decode, reward, select, and total.
+        seconds: wall time by stage: denoiser, decode, reward, held-out, select, and total.
         peak_memory: bytes, the most at any time of the run: allocated on the accelerator where there is one, else held by the
             whole process (on systems other than Linux since it began).
     """
@@ -35,11 +36,22 @@ class Ledger:
     decodes: int = 0
     tiny_decodes: int = 0
     reward_calls: int = 0
+    held_out_calls: int = 0
     skipped: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: int = 0
 
-    COUNTS = ("evaluations", "padding", "forwards", "backwards", "decodes", "tiny_decodes", "reward_calls", "skipped")
+    COUNTS = (
+        "evaluations",
+        "padding",
+        "forwards",
+        "backwards",
+        "decodes",
+        "tiny_decodes",
+        "reward_calls",
+        "held_out_calls",
+        "skipped",
+    )
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -79,7 +91,7 @@ class Ledger:
     def __str__(self) -> str:
         # a drop-in scheduler never sees the denoiser
         unseen = () if self.forwards else ("evaluations", "forwards")
-        rare = ("padding", "backwards", "tiny_decodes", "skipped")
+        rare = ("padding", "backwards", "tiny_decodes", "held_out_calls", "skipped")
         shown = {k: v for k, v in self.counts.items() if k not in unseen and (v or k not in rare)}
         said = [f"{v} {k.replace('_', ' ')}" for k, v in shown.items()]
         spent = ", ".join((["denoiser not counted"] if unseen else []) + said)

@@ -35,7 +35,8 @@ def rewards() -> Iterator[str]:
         sees = f"{cls.input}{' and prompt' if cls.needs_prompt else ''}"
         kind = "differentiable" if cls.differentiable else "not differentiable"
         low, high = cls.range
-        weights = f"weights: {cls.weights}; licence: {cls.licence}" if cls.weights else "no weights"
+        size = f" ({cls.weights_bytes / 1e9:.1f} GB)" if cls.weights_bytes else ""
+        weights = f"weights: {cls.weights}{size}; licence: {cls.licence}" if cls.weights else "no weights"
         yield f"{name:18} {sees}; {kind}; range {low:g} to {high:g}; {weights}"
         yield from _parameters(cls)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from diffsteer.callable import pixel_model
-from diffsteer.shapes.models import MODELS
 from diffsteer.types import DiffsteerError
 
 
@@ -23,6 +22,7 @@ def load_pipeline(name: str | Path = "shapes", **kwargs: Any) -> Any:
     from diffusers import DiffusionPipeline
 
     from diffsteer.embedded import load_embedded, load_pixels
+    from diffsteer.shapes.models import MODELS
 
     if name in MODELS:
         return load_embedded(str(name), **kwargs)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import wave
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageSequence, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from diffsteer.types import DiffsteerError
+
+if TYPE_CHECKING:  # PIL is imported by what reads and writes: importing diffsteer is to stay quick
+    from PIL import Image
 
 VIDEOS = ("gif", "mp4")
 FRAME_MS = 120  # of a GIF, in its hundredths of a second: nearly the 8 frames a second of most models of short clips
@@ -34,6 +35,14 @@ def kind(made: Any, video: str = "gif") -> tuple[str, str]:
     if isinstance(made, Sound):
         return "sounds", ".wav"
     return ("videos", f".{video}") if isinstance(made, list) else ("images", ".png")
+
+
+def picture_of(image: Tensor) -> Image.Image:
+    """A picture (3, H, W) in [0, 1] in whole grey levels."""
+    from PIL import Image
+
+    levels = (image.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
 
 
 def save(made: Any, path: Path, texts: Mapping[str, str] | None = None) -> None:
@@ -58,6 +67,8 @@ def save(made: Any, path: Path, texts: Mapping[str, str] | None = None) -> None:
     elif isinstance(made, list):
         made[0].save(path, "GIF", save_all=True, append_images=made[1:], duration=FRAME_MS, loop=0, comment=OURS)
     else:
+        from PIL.PngImagePlugin import PngInfo
+
         info = PngInfo()
         for key, text in (texts or {}).items():
             info.add_text(key, text)
@@ -100,6 +111,8 @@ def read_clip(path: str | Path, least: int = 2) -> list[Image.Image]:
 
 def _pictures(path: Path) -> list[Image.Image]:
     """The pictures in a file, as often as they are shown."""
+    from PIL import Image, ImageSequence, UnidentifiedImageError
+
     try:
         with Image.open(path) as picture:
             comment = picture.info.get("comment")
@@ -131,6 +144,8 @@ def as_clip(clip: Any, least: int = 2) -> Tensor:
         if not (low >= -0.01 and high <= 1.01):
             raise DiffsteerError(f"a clip lies in [0, 1], and this from {low:g} to {high:g}")
         return pixels
+    from PIL import Image
+
     if isinstance(clip, Image.Image):
         clip = [clip]
     if not isinstance(clip, (str, Path, list, tuple)):

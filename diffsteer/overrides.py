@@ -9,7 +9,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import MISSING
 
-from diffsteer.config import GROUPS
+from diffsteer.config import EXPRESSION, GROUPS
+from diffsteer.expression import SWEEP, is_expression
 from diffsteer.fingerprint import exists
 from diffsteer.registry import nearest, registered
 from diffsteer.types import DiffsteerError
@@ -37,7 +38,11 @@ def for_hydra(argv: list[str]) -> list[str]:
             rewritten.append(f"{key}={quoted(value)}")
         elif equals and key in ("model", "sampler", "reward", "guide", "schedule") and value in ("", "null"):
             raise DiffsteerError(f"{key}={value} is no option{nearest(value, _options(key))}")
-        elif equals and key == "reward" and "(" in value:  # a program
+        elif equals and key == "reward" and is_expression(value, registered("reward")):
+            rewritten += [f"reward={EXPRESSION}", f"reward.text={quoted(value)}"]
+        elif equals and key in ("holdout", "tune.holdout", "draft.reward") and is_expression(value, registered("reward")):
+            rewritten.append(f"{key}={quoted(value)}")
+        elif equals and key == "reward" and "(" in value and not SWEEP.match(value):  # a program
             rewritten += ["reward=program", f"reward.text={quoted(value)}"]
         elif equals and key == "model" and _is_path(value, argv):
             rewritten += ["model=path", f"model.path={quoted(value)}"]

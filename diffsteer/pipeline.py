@@ -18,6 +18,7 @@ from diffsteer.draft import Draft, draft_of, on_grid
 from diffsteer.forecast import forecast
 from diffsteer.grids import check_schedule, explicit
 from diffsteer.guidance import guidance_of
+from diffsteer.holdout import holdouts_of
 from diffsteer.ledger import Ledger
 from diffsteer.loading import load_pipeline as load_pipeline
 from diffsteer.plain import run_plain
@@ -57,6 +58,8 @@ class SteeredPipeline:
             randomness: `chunk`, `deterministic` and `ids` then have no effect.
         reward: a `Reward`, or a callable ``r(samples (N, ...), prompts) -> (N,)``; may be missing only for None and `BestOfN`.
         choice: another reward for the final choice alone (``output="best"``); the weights stay those of `reward`.
+        holdout: a reward, several, or a mapping of names to them, that look on and never steer: `SteeredOutput.held_out`. A
+            warning tells when the choice raises `reward` and lowers one of them.
         decoder: "full" scores decoded samples; "tiny" (or "tiny:PATH", a folder or hub id) decodes those on the way with a tiny
             autoencoder and only the final ones in full; "none" scores latents and makes no images.
         output: "best" | "draw" | "all", see `SteeredOutput`.
@@ -83,6 +86,7 @@ class SteeredPipeline:
         reward: Reward | RewardFunction | None = None,
         *,
         choice: Reward | RewardFunction | None = None,
+        holdout: Any = None,
         decoder: str = "full",
         output: str = "best",
         chunk: Size = None,
@@ -115,6 +119,7 @@ class SteeredPipeline:
         self.pipe, self.sampler, self.decoder, self.output = pipe, sampler, decoder, output
         self.reward = None if reward is None else as_reward(reward, seen)
         self.choice = None if choice is None else as_reward(choice, seen)
+        self.holdouts = holdouts_of(holdout, seen)
         check_size(chunk, deterministic)
         self.schedule = as_schedule(schedule)
         check_schedule(self.schedule, sampler is not None, transition)
@@ -220,7 +225,8 @@ class SteeredPipeline:
                 raise DiffsteerError(f"a CallableModel takes no argument {extra[0]!r}")
             session: Session = CallableSession(self.pipe, prompts, **options, **keys)
             session.start = self.start
-            return run(session, self.sampler, self.reward, self.output, self.choice, asked, None, watch, self.guide)
+            toy = (self.output, self.choice, asked, None, watch, self.guide, self.holdouts)
+            return run(session, self.sampler, self.reward, *toy)
         from diffsteer.backend import DiffusersSession
         from diffsteer.pipes import as_images
 
@@ -237,7 +243,8 @@ class SteeredPipeline:
             **keys,
         )
         to_images = partial(as_images, self.pipe)
-        return run(session, self.sampler, self.reward, self.output, self.choice, asked, to_images, watch, self.guide)
+        how = (self.output, self.choice, asked, to_images, watch, self.guide, self.holdouts)
+        return run(session, self.sampler, self.reward, *how)
 
     def estimate(
         self,
@@ -302,7 +309,7 @@ class SteeredPipeline:
 
             to_images = partial(as_images, self.pipe)
         found = (search, reward, self.budget, draft, asked, self.output, self.choice)
-        return run_search(make, *found, to_images=to_images, watch=watch)
+        return run_search(make, *found, to_images=to_images, watch=watch, holdouts=self.holdouts)
 
     def own_transition(self, pipe: Any = None) -> bool:
         """Is the transition ours at eta = 0, too? A method with levels of its own wants single steps, and solvers that cannot

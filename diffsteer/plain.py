@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffsteer.callable import CallableModel
+from diffsteer.holdout import HeldOut, nothing
 from diffsteer.ledger import Ledger
 from diffsteer.reward import prepare
 from diffsteer.run import SteeredOutput
@@ -43,8 +44,9 @@ def run_plain(
     check_call(steered.pipe, call)
     ledger, started = Ledger().open(), time.perf_counter()
     embedded = is_embedded(steered.pipe)
-    check_inputs(steered.decoder != "none", steered.reward, steered.choice, makes=family.makes)
-    for reward in (steered.reward, steered.choice):
+    aside = steered.holdouts
+    check_inputs(steered.decoder != "none", steered.reward, steered.choice, *aside.values(), makes=family.makes)
+    for reward in (steered.reward, steered.choice, *aside.values()):
         if reward is not None:
             prepare(reward, asked, Context(embedded=embedded))
     shadow = copy.copy(steered.pipe)
@@ -60,7 +62,7 @@ def run_plain(
         own = shadow(**asking, generator=generator, **call, **({"output_type": "latent"} if family.returns_states else {}))
     x = own[0] if family.returns_states else record.x
     decode = decoder_of(steered.pipe, **call) if steered.decoder != "none" else None
-    scorer = Scorer(steered.reward, decode, asked, ledger, embedded)
+    scorer = Scorer(steered.reward, decode, asked, ledger, embedded, aside=aside)
     samples = scorer.decode(x)
     steps = record.steps
     rewards = scorer.score(samples, steps, steps)
@@ -78,4 +80,5 @@ def run_plain(
         images=as_images(steered.pipe, samples) if steered.decoder != "none" else None,
         trace=Trace(),
         ledger=ledger,
+        held_out={name: HeldOut(scores, nothing(len(prompts))) for name, scores in scorer.aside_scores.items()},
     )

@@ -27,7 +27,8 @@ class Reward:
         needs_prompt: the score depends on the prompt.
         pooled: a score depends on what is scored with it: of ranks and duels. All others score each sample alone.
         taps: modules of the denoiser whose outputs `score_features` reads where guidance goes through the network.
-        licence, weights: of the network that it loads, and where that comes from; None without one.
+        licence, weights, weights_bytes: of the network that it loads, where that comes from, and about how much is fetched;
+            None and 0 without one.
     """
 
     name: ClassVar[str] = "reward"
@@ -40,6 +41,7 @@ class Reward:
     needs_prompt: ClassVar[bool] = False
     licence: ClassVar[str | None] = None
     weights: ClassVar[str | None] = None
+    weights_bytes: ClassVar[int] = 0
     pooled: ClassVar[bool] = False
     taps: tuple[str, ...] = ()
 
@@ -109,6 +111,37 @@ class WeightedSum(Reward):
         return torch.stack([w * r.rate(samples, prompts, ctx) for w, r in self.terms]).sum(0)
 
 
+class ZScore(Reward):
+    """A reward in standard deviations from its mean, both over unguided samples: rewards of unlike scales then add up.
+
+    Args:
+        mean, std: None until `diffsteer.calibration.calibrated` has measured them.
+
+    Raises:
+        DiffsteerError: a deviation that is not above 0, a reward without a scale; when scoring, one that was not measured.
+    """
+
+    def __init__(self, reward: Reward, mean: float | None = None, std: float | None = None) -> None:
+        if (mean is None) != (std is None) or (std is not None and not std > 0):
+            raise DiffsteerError(f"z({reward.name}): mean={mean}, std={std}; wanted both, std above 0, or none")
+        if reward.pooled:
+            raise DiffsteerError(f"z({reward.name}): ranks have one scale already")
+        if reward.taps:
+            raise DiffsteerError(f"z({reward.name}): it reads features on the way, of which no samples are at hand")
+        self.reward, self.mean, self.std = reward, mean, std
+        facts = ("input", "differentiable", "deterministic", "needs_prompt", "licence", "weights", "weights_bytes")
+        self.__dict__.update(name=f"z({reward.name})", modality="any", **{fact: getattr(reward, fact) for fact in facts})
+
+    def prepare(self, prompts: Sequence[str], ctx: Context) -> None:
+        self.reward.prepare(prompts, ctx)
+
+    def score(self, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
+        """(score - mean) / std, (N,)."""
+        if self.mean is None or self.std is None:
+            raise DiffsteerError(f"{self.name} has no scale yet: calibrated(reward, pipe, prompts) measures it")
+        return (self.reward.rate(samples, prompts, ctx) - self.mean) / self.std
+
+
 class FunctionReward(Reward):
     """A bare callable ``r(samples, prompts) -> (N,)`` as a reward."""
 
@@ -148,14 +181,19 @@ def check_gradient(reward: Reward) -> None:
     Raises:
         DiffsteerError: with its name.
     """
-    for _, term in terms_of(reward):
+    for term in leaves(reward):
         if not term.differentiable and not isinstance(term, FunctionReward):
             raise DiffsteerError(f"guidance follows the gradient of the reward, and {term.name} has none: take one that has")
 
 
 def scores_images(reward: Reward) -> bool:
     """Is it, or one of the terms of a sum, a reward of images alone?"""
-    return any(r.modality == "image" and r.input == "pixels" for _, r in terms_of(reward))
+    return any(r.modality == "image" and r.input == "pixels" for r in leaves(reward))
+
+
+def leaves(reward: Reward) -> list[Reward]:
+    """The rewards that a sum is made of, z-scores opened."""
+    return [leaf for _, r in terms_of(reward) for leaf in (leaves(r.reward) if isinstance(r, ZScore) else [r])]
 
 
 def terms_of(reward: Reward) -> list[tuple[float, Reward]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from diffsteer import media
 from diffsteer.diversity import Diversity, diversity, features_of
 from diffsteer.guidance import Guidance
 from diffsteer.guided import GuidedWalk
+from diffsteer.holdout import HeldOut, Selected, warn_of_drift
 from diffsteer.ledger import Ledger
 from diffsteer.reward import Reward, prepare
 from diffsteer.selection import Scorer, Selection, check_inputs, choose
@@ -42,6 +43,8 @@ class SteeredOutput:
         images: PIL images, one a prompt, or with output="all" all of them, prompt-major; a video is a list of frames, a sound a
             `diffsteer.media.Sound`. None where nothing is decoded.
         trace, ledger: events, and cost.
+        selected: what selection did to the reward, by prompt, and held_out: the rewards that looked on, by name; both only
+            where there are some.
     """
 
     prompts: list[str]
@@ -54,6 +57,8 @@ class SteeredOutput:
     images: list[Any] | None
     trace: Trace
     ledger: Ledger
+    selected: Selected | None = None
+    held_out: dict[str, HeldOut] = field(default_factory=dict)
 
     @property
     def diversity(self) -> list[Diversity]:
@@ -87,10 +92,25 @@ class SteeredOutput:
             ],
             "diversity": [d._asdict() for d in self.diversity],
             "searches": [found.facts() for found in self.trace.searches],
+            "held_out": {name: told_of(h, self.selected) for name, h in self.held_out.items()},
             "ledger": self.ledger.as_dict(),
         }
         (folder / "run.json").write_text(json.dumps(record, indent=1, allow_nan=False))
         return folder
+
+
+def told_aside(steered: Selected, aside: Mapping[str, Selected], scores: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What an output says of rewards that looked on; with a warning where the choice did them harm."""
+    if not aside:
+        return {}
+    warn_of_drift(steered, aside)
+    return {"selected": steered, "held_out": {name: HeldOut(scores[name], one) for name, one in aside.items()}}
+
+
+def told_of(held: HeldOut, steered: Selected | None) -> dict[str, Any]:
+    """What a record keeps of a reward that looked on."""
+    told = {"scores": _finite(held.scores), "gains": _finite(held.selected.gains)}
+    return told | ({} if steered is None else {"gains_of_the_reward": _finite(steered.gains)})
 
 
 def _finite(values: Tensor) -> Any:
@@ -122,6 +142,7 @@ def run(
     to_images: Callable[[Tensor], list[Any] | None] | None = None,
     watch: Callable[[Info], None] | None = None,
     guide: Guidance | None = None,
+    holdouts: Mapping[str, Reward] | None = None,
 ) -> SteeredOutput:
     """Carry all rows from noise to clean, selecting at the sampler's events.
 
@@ -132,6 +153,7 @@ def run(
         to_images: from samples (N, ...) to PIL images.
         watch: called with each event's `Info`.
         guide: moves the rows by the gradient of `reward`, on their way; default: the sampler's own, if it has one.
+        holdouts: rewards that look on, by name.
 
     Raises:
         DiffsteerError: an unknown `output`, or what the reward refuses.
@@ -141,12 +163,13 @@ def run(
         raise DiffsteerError(f"output={output!r} is unknown; valid: {', '.join(OUTPUTS)}")
     ledger, started = session.ledger, time.perf_counter()
     texts = session.prompts if asked is None else list(asked)
-    check_inputs(session.decoder is not None, reward, choice, makes=session.makes)
-    for r in (reward, choice):
+    aside = dict(holdouts or {})
+    check_inputs(session.decoder is not None, reward, choice, *aside.values(), makes=session.makes)
+    for r in (reward, choice, *aside.values()):
         if r is not None:
             prepare(r, texts, Context(0, session.steps, session.embedded))
     problem = Problem(len(session.prompts), session.steps, session.last_noise, session.seed, session.ids)
-    scorer = Scorer(reward, session.decoder, texts, ledger, session.embedded, session.cut, session.tiny_decoder)
+    scorer = Scorer(reward, session.decoder, texts, ledger, session.embedded, session.cut, session.tiny_decoder, aside)
     select = Selection(sampler, problem, scorer, watch)
     guide = guide or getattr(sampler, "guidance", None)
     timing = timing_of(sampler, guide)
@@ -162,8 +185,10 @@ def run(
         x = GuidedWalk(session, guide, reward, texts, weighed=sampler.exact)(select)
     assert select.samples is not None
     rewards, log_weights = select.infos[-1].rewards, select.state.log_weights
+    held = dict(scorer.aside_scores)
     deciding = rewards if choice is None else scorer.score(select.samples, problem.steps, problem.steps, choice)
     chosen = choose(output, deciding, log_weights, session.seed, session.ids)
+    select.note(rewards, chosen[:, None])
     groups = (problem.groups, session.particles)
     samples = select.samples.view(*groups, *select.samples.shape[1:])
     shown = samples.flatten(0, 1) if output == "all" else samples[torch.arange(problem.groups), chosen]
@@ -181,4 +206,5 @@ def run(
         images=images,
         trace=replace(select.trace, shifts=shifts),
         ledger=ledger,
+        **told_aside(select.selected, select.selected_aside, held),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +17,11 @@ from diffsteer.budget import Budget, Stopwatch
 from diffsteer.draft import Draft
 from diffsteer.found import Found, Progress
 from diffsteer.ground import Costs, DryGround, FunctionGround
+from diffsteer.holdout import Selected, nothing, selected
 from diffsteer.judging import Duel, RankEnsemble
 from diffsteer.ledger import Ledger
 from diffsteer.reward import Reward, as_reward, check_gradient, prepare
-from diffsteer.run import OUTPUTS, SteeredOutput
+from diffsteer.run import OUTPUTS, SteeredOutput, told_aside
 from diffsteer.searching import explore
 from diffsteer.selection import Scorer, check_inputs
 from diffsteer.session import Session
@@ -94,12 +95,13 @@ def run_search(
     choice: Reward | None = None,
     to_images: Callable[[Tensor], list[Any] | None] | None = None,
     watch: Callable[[Progress], None] | None = None,
+    holdouts: Mapping[str, Reward] | None = None,
 ) -> SteeredOutput:
     """Search for every prompt.
 
     Args:
         make: from options (`ledger`, and for drafts `steps`, `decoder`, `model`, `call`) to a session over the prompts.
-        choice: another reward, which chooses among what is kept.
+        choice: another reward, which chooses among what is kept. holdouts: rewards that look on: at what is kept.
 
     Raises:
         DiffsteerError: what `explore` refuses, and drafts whose noise is of another shape.
@@ -110,8 +112,9 @@ def run_search(
     session = make()
     ledger = session.ledger
     cheap = reward if draft is None or draft.reward is None else as_reward(draft.reward, reward.input)
-    for r in {id(r): r for r in (reward, cheap, choice) if r is not None}.values():
-        check_inputs(session.decoder is not None, r, makes=session.makes, searching=r is not choice)
+    aside = dict(holdouts or {})
+    for r in {id(r): r for r in (reward, cheap, choice, *aside.values()) if r is not None}.values():
+        check_inputs(session.decoder is not None, r, makes=session.makes, searching=r is reward or r is cheap)
         prepare(r, asked, Context(0, session.steps, session.embedded))
     full = SessionGround(session, reward, asked)
     ground, render = full, None
@@ -138,7 +141,7 @@ def run_search(
         stopwatch=clock,
     )
     _warn(search, found)
-    return _output(session, found, ledger, asked, output, choice, to_images, started)
+    return _output(session, found, ledger, asked, output, choice, to_images, started, aside)
 
 
 def _output(
@@ -150,6 +153,7 @@ def _output(
     choice: Reward | None,
     to_images: Callable[[Tensor], list[Any] | None] | None,
     started: float,
+    aside: Mapping[str, Reward],
 ) -> SteeredOutput:
     kept, groups = max(len(f.outcomes) for f in found), len(found)
     full_rows = [[*f.outcomes, *[f.outcomes[-1]] * (kept - len(f.outcomes))] for f in found]  # the last again, without weight
@@ -165,6 +169,10 @@ def _output(
         scorer = Scorer(choice, session.decoder, asked, ledger, session.embedded, session.cut)
         deciding = scorer.score(samples, session.steps, session.steps).masked_fill(weights == -math.inf, -math.inf)
     chosen = deciding.nan_to_num(nan=-math.inf).argmax(1)
+    looked = Scorer(None, session.decoder, asked, ledger, session.embedded, session.cut, aside=aside)
+    if aside:
+        looked.score(samples, session.steps, session.steps)
+    held = {name: scores.masked_fill(weights == -math.inf, math.nan) for name, scores in looked.aside_scores.items()}
     grouped = samples.view(groups, kept, *samples.shape[1:])
     shown = samples if output == "all" else grouped[torch.arange(groups), chosen]
     images = to_images(shown) if to_images is not None and session.decoder is not None else None
@@ -181,7 +189,17 @@ def _output(
         images=images,
         trace=Trace(searches=tuple(found)),
         ledger=ledger,
+        **told_aside(kept_of(rewards, chosen), {name: kept_of(scores, chosen) for name, scores in held.items()}, held),
     )
+
+
+def kept_of(scores: Tensor, chosen: Tensor) -> Selected:
+    """The choice among what is kept, as many for each prompt as there are."""
+    each = []
+    for row, k in zip(scores, chosen.tolist(), strict=True):
+        there = row.isfinite()
+        each.append(selected(row[there][None], there[:k].sum().view(1, 1)) if there[k] else nothing(1))
+    return Selected(torch.cat([e.gains for e in each]), torch.cat([e.variances for e in each]))
 
 
 def forecast_search(
@@ -193,12 +211,13 @@ def forecast_search(
     costs: Costs,
     drafts: tuple[int, Costs] | None,
     choice: bool = False,
+    holdouts: int = 0,
 ) -> Ledger:
     """What a search of one prompt will count: it is run without a model, on made-up rewards. Where a method's cost depends on
     rewards (depth-first, rollover, convergence) that is an example; a limit in seconds is left aside.
 
     Args:
-        drafts: steps and costs of a draft. choice: another reward looks at what is kept.
+        drafts: steps and costs of a draft. choice: another reward looks at what is kept; so do `holdouts`.
     """
     limits = replace(budget, seconds=None) if budget is not None else Budget()
     full = DryGround(steps, levels, costs)
@@ -217,4 +236,5 @@ def forecast_search(
         decodes=spent.decodes - tiny,
         tiny_decodes=tiny,
         reward_calls=spent.reward_calls + choice * len(found.outcomes),
+        held_out_calls=holdouts * len(found.outcomes),
     )

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffsteer.blocks import Blocks
+from diffsteer.holdout import nothing, selected
 from diffsteer.judging import Duel, RankEnsemble
 from diffsteer.ledger import Ledger
 from diffsteer.particles import reindex
-from diffsteer.reward import Reward, scores_images, terms_of
+from diffsteer.reward import Reward, leaves, scores_images
 from diffsteer.rng import generator
 from diffsteer.types import Context, DiffsteerError, Info, Problem, RewardError, Sampler, Step, Trace
 
@@ -36,7 +37,7 @@ def check_inputs(decoded: bool, *rewards: Reward | None, makes: str = "", search
             raise DiffsteerError(f"the reward {reward.name} looks at images, but this pipeline makes sound")
         if isinstance(reward, Duel) and not searching:
             raise DiffsteerError(f"the judge {reward.name} only compares: it wants a search, such as random_search")
-        clips = [r.name for _, r in terms_of(reward) if r.modality == "video"] if reward is not None else []
+        clips = [r.name for r in leaves(reward) if r.modality == "video"] if reward is not None else []
         if clips and makes not in ("", "video"):
             raise DiffsteerError(f"the reward {clips[0]} looks at clips, but this pipeline makes {makes}")
 
@@ -50,7 +51,10 @@ class Scorer:
         tiny: a cheaper decoder for the scores on the way.
         prompts: one a group. embedded: see `Context`.
         cut: how rows are cut into blocks.
+        aside: rewards that are told of all that the scorer's own one is asked about; `aside_scores` (P, K) are the latest.
     """
+
+    aside_scores: dict[str, Tensor]
 
     def __init__(
         self,
@@ -61,7 +65,10 @@ class Scorer:
         embedded: bool = False,
         cut: Blocks | None = None,
         tiny: Decode | None = None,
+        aside: Mapping[str, Reward] | None = None,
     ) -> None:
+        self.aside, self.aside_scores = dict(aside or {}), {}
+        self._aside: dict[str, list[Tensor]] = {}
         self.reward, self.decode_block, self.prompts, self.ledger = reward, decode, list(prompts), ledger
         self.embedded, self.cut, self.tiny = embedded, cut or Blocks(), tiny
 
@@ -84,6 +91,9 @@ class Scorer:
 
     def _grouped(self, scores: Tensor, reward: Reward | None) -> Tensor:
         """Scores (P * K,) as (P, K); of an ensemble of ranks its rewards' (P * K, R), ranked within each group."""
+        if self._aside:
+            self.aside_scores = {n: torch.cat(parts).view(len(self.prompts), -1) for n, parts in self._aside.items()}
+            self._aside = {}
         grouped = scores.view(len(self.prompts), -1, *scores.shape[1:])
         judge = reward or self.reward
         return torch.stack([judge.combine(s) for s in grouped]) if isinstance(judge, RankEnsemble) else grouped
@@ -103,12 +113,18 @@ class Scorer:
     def _score(
         self, samples: Tensor, rows: list[int], count: int, done: int, steps: int, reward: Reward | None = None
     ) -> Tensor:
-        reward, real = reward or self.reward, len(set(rows))
+        own, reward, real = reward is None, reward or self.reward, len(set(rows))
+        each = count // len(self.prompts)
+        ctx, texts = Context(done, steps, self.embedded), [self.prompts[i // each] for i in rows]
+        if own and self.aside:
+            with self.ledger.timed("held-out"), torch.no_grad():
+                for name, r in self.aside.items():
+                    said = checked(r, samples, texts, ctx)[:real].cpu().double()
+                    self._aside.setdefault(name, []).append(said)
+                self.ledger.held_out_calls += real * len(self.aside)
         if reward is None:
             return torch.zeros(real, dtype=torch.float64)
-        each = count // len(self.prompts)
         with self.ledger.timed("reward"), torch.no_grad():
-            ctx, texts = Context(done, steps, self.embedded), [self.prompts[i // each] for i in rows]
             if isinstance(reward, RankEnsemble):
                 scores = torch.stack([checked(r, samples, texts, ctx).double().cpu() for r in reward.rewards], 1)
             else:
@@ -131,6 +147,8 @@ class Selection:
         self.infos: list[Info] = []
         self.samples: Tensor | None = None  # of the end
         self.moved: Tensor | None = None  # the ancestors of the last event, where anyone was replaced
+        self.selected = nothing(self.problem.groups)  # what the resamplings did to the reward
+        self.selected_aside = {name: nothing(self.problem.groups) for name in self.scorer.aside}
 
     @property
     def trace(self) -> Trace:
@@ -151,11 +169,19 @@ class Selection:
             self.infos.append(info)
             self.moved = info.ancestors if bool(info.resampled.any()) else None
             if self.moved is not None:
+                self.note(rewards, self.moved)
                 grouped = x.view(self.problem.groups, -1, *x.shape[1:])
                 x = reindex(grouped, self.moved).view_as(x)
         if self.watch is not None:
             self.watch(info)
         return x
+
+    def note(self, rewards: Tensor, ancestors: Tensor) -> None:
+        """A choice was made among what was just scored: what it did to the reward, and to those that look on."""
+        if self.scorer.aside:
+            self.selected = self.selected.plus(selected(rewards, ancestors))
+            for name, scores in self.scorer.aside_scores.items():
+                self.selected_aside[name] = self.selected_aside[name].plus(selected(scores, ancestors))
 
 
 def choose(output: str, rewards: Tensor, log_weights: Tensor, seed: int, ids: Sequence[Any]) -> Tensor:

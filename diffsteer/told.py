@@ -3,6 +3,7 @@ drafts, and where its steps are put."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from diffsteer.budget import Budget
-from diffsteer.config import build
+from diffsteer.config import EXPRESSION, build, named
 from diffsteer.draft import DEFAULT, Draft
 from diffsteer.grids import explicit
+from diffsteer.holdout import holdouts_of
 from diffsteer.measured import settled
 from diffsteer.media import as_clip
 from diffsteer.noise_network import noise_network_of
@@ -20,8 +22,10 @@ from diffsteer.pipeline import SteeredPipeline, load_pipeline
 from diffsteer.registry import find, nearest, registered
 from diffsteer.reward import Reward
 from diffsteer.schedules import Schedule
+from diffsteer.shapes.judge import Checker
+from diffsteer.shapes.models import MODELS
 from diffsteer.start import NoiseTransform, ReferenceNoise
-from diffsteer.types import DiffsteerError, Sampler
+from diffsteer.types import Context, DiffsteerError, Sampler
 
 
 def told_reward(config: DictConfig) -> DictConfig:
@@ -34,7 +38,8 @@ def told_reward(config: DictConfig) -> DictConfig:
     if config.reference is not None:
         if not config.reference.strip():
             raise DiffsteerError("reference= is empty: give a clip, a GIF, an MP4 or a folder of frames")
-        takes = "reference" in {f.name for f in fields(find("reward", str(told.get("name"))))}
+        name = str(told.get("name"))
+        takes = name != EXPRESSION and "reference" in {f.name for f in fields(find("reward", name))}
         if told.get("reference") is not None:
             raise DiffsteerError("reference= and reward.reference= are two references: give one of them")
         if takes:
@@ -60,17 +65,52 @@ def rewarded(config: DictConfig) -> tuple[Reward | None, NoiseTransform | None]:
     return reward, ReferenceNoise(as_clip(config.reference), config.reference_share)
 
 
-def named_reward(named: Any, key: str) -> Reward:
-    """A reward that a key names, by its name or as a mapping.
+def named_reward(value: Any, key: str, *more: str) -> Reward:
+    """A reward that a key names: by its name, as a mapping, or as an expression.
 
     Raises:
         DiffsteerError: with the key.
     """
-    mapping = OmegaConf.create({"name": named} if isinstance(named, str) else named)
-    if not isinstance(mapping, DictConfig) or (isinstance(named, str) and named not in registered("reward")):
-        raise DiffsteerError(f"{key}={named} is unknown{nearest(str(named), registered('reward'))}")
+    mapping = OmegaConf.create(named(value))
+    name = mapping.get("name") if isinstance(mapping, DictConfig) else None
+    if not isinstance(mapping, DictConfig) or (isinstance(value, str) and name not in (*registered("reward"), EXPRESSION)):
+        raise DiffsteerError(f"{key}={value} is unknown{nearest(str(value), [*more, *registered('reward')])}")
     reward: Reward = build("reward", mapping)
     return reward
+
+
+def held_out(value: Any, key: str, model: str, prompts: Sequence[str]) -> Reward:
+    """A reward that looks on: one that is named, or "checker", which reads the shapes world.
+
+    Args:
+        model: that makes the pictures. prompts: that the checker would have to read.
+
+    Raises:
+        DiffsteerError: with the key.
+    """
+    if value != Checker.name:
+        return named_reward(value, key, Checker.name)
+    if model not in MODELS or model == "shapes-motion":
+        raise DiffsteerError(f"{key}=checker reads pictures of the shapes world; model={model} makes others")
+    checker = Checker()
+    try:
+        checker.prepare(prompts, Context())
+    except DiffsteerError as error:
+        raise DiffsteerError(f"{key}={error}") from error
+    return checker
+
+
+def holdouts_told(config: DictConfig, prompts: Sequence[str]) -> dict[str, Reward]:
+    """The rewards that look on, by name.
+
+    Raises:
+        DiffsteerError: what `held_out` refuses; two of one name; one beside nothing that steers.
+    """
+    if config.holdout is None:
+        return {}
+    told = OmegaConf.to_container(config.holdout, resolve=True) if OmegaConf.is_config(config.holdout) else config.holdout
+    values = told if isinstance(told, list) else [told]
+    return holdouts_of([held_out(v, "holdout", config.model.path, prompts) for v in values], "pixels")
 
 
 def budget_of(config: DictConfig) -> Budget | None:

@@ -300,6 +300,38 @@ class Search:
         raise NotImplementedError
 
 
+ALIKE = 0.5  # the cosine above which two noises are taken for iterates of one
+
+
+def along_ways(drafts: Sequence[Outcome], number: int) -> list[Outcome]:
+    """Finalists among the drafts of an optimisation, given the best first. What is gained on a model for drafts may be its own,
+    and the more so the farther from the start. So the best of some other noises, too, a third of the finalists at most, and of
+    the best one's way further iterates evenly back to its start, the start included. Iterates of one noise are alike, and
+    independent noises are at right angles.
+    """
+    ways: list[list[Outcome]] = []
+    for draft in drafts:
+        noise = _direction(draft)
+        mine = next((w for w in ways if float((noise * _direction(w[0])).sum()) > ALIKE), None)
+        if mine is None:
+            ways.append([draft])
+        else:
+            mine.append(draft)
+    others = [way[0] for way in ways[1 : 1 + number // 3]]
+    best = ways[0][0] if ways else None
+    way = sorted((d for d in ways[0] if best is not None and d.slot <= best.slot), key=lambda d: d.slot) if ways else []
+    places = torch.linspace(len(way) - 1, 0, max(number - len(others), 1)).round().long().tolist()
+    back = [way[i] for i in dict.fromkeys(places)]
+    return [*back[:1], *others, *back[1:]][:number]
+
+
+def _direction(draft: Outcome) -> Tensor:
+    root = draft.root
+    flat = torch.zeros(1) if root is None else root.flatten().double()
+    unit: Tensor = flat / flat.norm().clamp(min=1e-12)
+    return unit
+
+
 class Single(Search):
     """One plain deterministic chain."""
 

@@ -16,28 +16,28 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from diffsteer import __version__
-from diffsteer.batch import MANIFEST, Item, finite
-from diffsteer.config import build, schema, settings
+from diffsteer.batch import MANIFEST, finite
+from diffsteer.config import build, named, schema, settings
 from diffsteer.fingerprint import fingerprints
-from diffsteer.generate import check, items_of, load, snapshot
+from diffsteer.generate import check, items_of, load, scaled_reward, snapshot
 from diffsteer.grids import check_schedule
 from diffsteer.guidance import guidance_of
 from diffsteer.ledger import Ledger
 from diffsteer.pipeline import SteeredPipeline
+from diffsteer.prompts import Item
 from diffsteer.ranges import ranges_of
 from diffsteer.registry import find, nearest, registered
 from diffsteer.reward import Reward, prepare
 from diffsteer.run import SteeredOutput
 from diffsteer.selection import Scorer
 from diffsteer.shapes.models import MODELS, digest, is_embedded
-from diffsteer.told import call_of, given_call, rewarded, schedule_of, steered_of, told_reward
+from diffsteer.told import call_of, given_call, held_out, rewarded, schedule_of, steered_of, told_reward
 from diffsteer.trial import Search
 from diffsteer.tuned import Record, in_columns, report, table, warnings_of, write, write_sampler
 from diffsteer.tuning import PLAIN, Measured, Trial, best_of, load_optuna, search
 from diffsteer.types import Context, DiffsteerError, Sampler
 
 RECORD, REPORT = "trials.jsonl", "report.md"
-CHECKER = "checker"  # the held-out judge that reads shapes
 Case = tuple[Item, int]  # a prompt and a seed
 
 
@@ -166,33 +166,18 @@ def _plainly(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
-def _judge(config: DictConfig, holdout: Any, items: Sequence[Item]) -> Reward | str | None:
+def _judge(config: DictConfig, holdout: Any, items: Sequence[Item]) -> Reward | None:
     """The held-out reward; the checker by its name.
 
     Raises:
-        DiffsteerError: what `build` refuses; the reward that steers; the checker where it can read nothing.
+        DiffsteerError: what `held_out` refuses; the reward that steers.
     """
     if holdout is None:
         return None
-    if holdout == CHECKER:
-        from diffsteer.shapes.grammar import parse
-
-        if config.model.path not in MODELS or config.model.path == "shapes-motion":
-            raise DiffsteerError(
-                f"tune.holdout=checker reads pictures of the shapes world; model={config.model.path} makes others"
-            )
-        for item in items:
-            try:
-                parse(item.prompt)
-            except ValueError as error:
-                raise DiffsteerError(f"tune.holdout=checker cannot read the prompt {item.prompt!r}: {error}") from error
-        return CHECKER
-    named = OmegaConf.create({"name": holdout} if isinstance(holdout, str) else holdout)
-    if not isinstance(named, DictConfig) or (isinstance(holdout, str) and holdout not in registered("reward")):
-        raise DiffsteerError(f"tune.holdout={holdout} is unknown{nearest(str(holdout), [CHECKER, *registered('reward')])}")
-    held: Reward = build("reward", named)
+    held = held_out(holdout, "tune.holdout", config.model.path, [item.prompt for item in items])
     steers = None if OmegaConf.is_missing(config, "reward") else told_reward(config)
-    if steers is not None and held.name == steers.get("name") and _same(named, steers):
+    mine = OmegaConf.create(named(holdout))
+    if steers is not None and held.name == steers.get("name") and _same(mine, steers):
         raise DiffsteerError(f"tune.holdout={holdout} is the reward that steers: hold out another one")
     return held
 
@@ -206,7 +191,7 @@ class Bench:
 
     record: Record
 
-    def __init__(self, config: DictConfig, sampler: Sampler, cases: list[Case], judge: Reward | str | None) -> None:
+    def __init__(self, config: DictConfig, sampler: Sampler, cases: list[Case], judge: Reward | None) -> None:
         self.config, self.sampler, self.cases, self.judge = config, sampler, cases, judge
         self.reward, self.start = rewarded(config)
         if self.reward is None:
@@ -227,7 +212,10 @@ class Bench:
         for reward in (self.reward, self.judge):
             if isinstance(reward, Reward):
                 prepare(reward, prompts, Context(embedded=is_embedded(pipe)))
-        self.schedule = schedule_of(self.config, pipe, prompts, self.record.path.parent, self.record.settings_hash)
+        assert self.reward is not None
+        where, told = self.record.path.parent, self.record.settings_hash
+        self.reward = scaled_reward(self.reward, self.config, pipe, prompts, where, told)
+        self.schedule = schedule_of(self.config, pipe, prompts, where, told)
         return pipe
 
     def cost(self, number: int, parameters: dict[str, float]) -> int:
@@ -266,10 +254,6 @@ class Bench:
         sample = out.samples[0, out.chosen[0]]
         if self.judge is None:
             return None
-        if isinstance(self.judge, str):
-            from diffsteer.shapes.check import check as look
-
-            return float(look(sample, prompt).correct)
         done = out.trace.events[-1].done
         scorer = Scorer(self.judge, None, [prompt], Ledger(), is_embedded(self.pipe))
         return finite(scorer.score(sample[None], done, done)[0, 0])

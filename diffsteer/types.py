@@ -23,6 +23,14 @@ class UnsupportedError(DiffsteerError):
     """A pipeline, scheduler or combination that cannot do what is asked, refused by name before any work is done."""
 
 
+class FailedError(DiffsteerError):
+    """Some prompts of a batch could not be made; the others were."""
+
+
+class PromptError(DiffsteerError):
+    """A prompt that a reward cannot read; the message says what in it."""
+
+
 class RewardError(DiffsteerError):
     """A reward raised or returned something that is no reward; the message names the reward, the prompt and the step."""
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffsteer.reward import Reward
+from diffsteer.rewards.checkpoint import read_tensors
 from diffsteer.rewards.open_clip_model import OpenClip, check_options, load
 from diffsteer.types import Context, DiffsteerError
 
@@ -54,9 +55,7 @@ def load_head(path: str | Path) -> AestheticHead:
         DiffsteerError: no file, more than tensors in it, or tensors of another layout.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DiffsteerError(f"aesthetic: there is no file {str(path)!r}; a head is {WHERE}")
-    state = _read(path)
+    state = read_tensors("aesthetic", path, f"a head, {WHERE}")
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     last = shapes.get("weight") or shapes.get("layers.0.weight") or (0, 1)
     version = "v1" if "weight" in shapes else "v2"
@@ -70,28 +69,6 @@ def load_head(path: str | Path) -> AestheticHead:
             raise DiffsteerError(f"aesthetic: {path.name} has no known layout: it holds {found or 'nothing'}; valid: {valid}")
         head.load_state_dict(state)
     return head.eval().requires_grad_(False)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise DiffsteerError(f"aesthetic: {path.name} is no safetensors file ({error})") from error
-    refusal = (
-        f"aesthetic: {path.name} is not a file of plain tensors, and other pickles can run code, so it is not opened; "
-        "if you trust it, convert it: torch.save(torch.load(FILE, weights_only=False).state_dict(), NEW_FILE)"
-    )
-    try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle.UnpicklingError, or whatever a broken file makes the reader raise
-        raise DiffsteerError(refusal) from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise DiffsteerError(refusal)
-    return dict(state)
 
 
 @dataclass(eq=False)
@@ -127,6 +104,7 @@ class Aesthetic(Reward):
     differentiable: ClassVar[bool] = True
     licence: ClassVar[str | None] = "Apache-2.0 (v2 head), MIT (v1 head, ViT-L/14)"
     weights: ClassVar[str | None] = f"{WHERE}; openai/clip-vit-large-patch14"
+    weights_bytes: ClassVar[int] = 1_710_000_000
 
     def __post_init__(self) -> None:
         check_options(self.name, self.model_name, self.pretrained, self.resize)

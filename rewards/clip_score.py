@@ -6,16 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from diffsteer.reward import Reward
-from diffsteer.rewards.open_clip_model import EMBEDDED, RESIZE, OpenClip, check_options, is_embedded, load
+from diffsteer.rewards.open_clip_model import EMBEDDED, RESIZE, SECOND, OpenClip, check_options, is_embedded, load
 from diffsteer.shapes.grammar import WORDS
 from diffsteer.shapes.tokenizer import CONTEXT, unknown_words
-from diffsteer.types import Context, DiffsteerError, setting
-
-DEFAULT = ("ViT-B-32", "laion2b_s34b_b79k")
+from diffsteer.types import Context, PromptError, setting
 
 
 @dataclass(eq=False)
@@ -48,11 +45,14 @@ class ClipScore(Reward):
     device: str | None = None
 
     name: ClassVar[str] = "clip"
+    embedded: ClassVar[str] = EMBEDDED
+    default: ClassVar[tuple[str, str]] = ("ViT-B-32", "laion2b_s34b_b79k")
     range: ClassVar[tuple[float, float]] = (-100.0, 100.0)
     differentiable: ClassVar[bool] = True
     needs_prompt: ClassVar[bool] = True
     licence: ClassVar[str | None] = "MIT, for the default checkpoints"
     weights: ClassVar[str | None] = "embedded, or laion/CLIP-ViT-B-32-laion2B-s34B-b79K on huggingface.co"
+    weights_bytes: ClassVar[int] = 605_000_000
 
     def __post_init__(self) -> None:
         check_options(self.name, self.model_name, self.pretrained, self.resize)
@@ -61,7 +61,7 @@ class ClipScore(Reward):
     def prepare(self, prompts: Sequence[str], ctx: Context) -> None:
         """Load the checkpoint and encode the prompts; once there are thousands, the features of earlier prompts are dropped."""
         self._texts(prompts, ctx)
-        self._clip(ctx).forget_texts_but(prompts)
+        self._clip(ctx).encode_texts.forget_all_but(prompts)
 
     def score(self, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
         """Images (N, 3, H, W) in [0, 1] -> (N,)."""
@@ -69,24 +69,40 @@ class ClipScore(Reward):
         images = self._clip(ctx).encode_images(samples, self.resize)
         return 100 * (images * texts).sum(-1).to(samples.device)
 
-    def _checkpoint(self, ctx: Context) -> tuple[str, str | None]:
+    def checkpoint(self, ctx: Context) -> tuple[str, str | None]:
+        """Which CLIP it is: what was named, or what goes with the model."""
         if self.model_name is None:
-            return (EMBEDDED, None) if ctx.embedded else DEFAULT
-        return DEFAULT if (self.model_name, self.pretrained) == (DEFAULT[0], None) else (self.model_name, self.pretrained)
+            return (self.embedded, None) if ctx.embedded else self.default
+        usual = (self.model_name, self.pretrained) == (self.default[0], None)
+        return self.default if usual else (self.model_name, self.pretrained)
 
     def _clip(self, ctx: Context) -> OpenClip:
-        name, pretrained = self._checkpoint(ctx)
+        name, pretrained = self.checkpoint(ctx)
         if name not in self._loaded:
             self._loaded[name] = load(name, pretrained, self.device)
         return self._loaded[name]
 
     def _texts(self, prompts: Sequence[str], ctx: Context) -> Tensor:
-        if is_embedded(self._checkpoint(ctx)[0]):
+        if is_embedded(self.checkpoint(ctx)[0]):
             for prompt in dict.fromkeys(prompts):  # the tokenizer alone would spell a word that it does not know
                 for word in unknown_words(prompt):
                     known = ", ".join(WORDS)
-                    raise DiffsteerError(f"{self.name}: the embedded CLIP has no word {word!r} ({prompt!r}); it knows: {known}")
+                    raise PromptError(f"{self.name}: the embedded CLIP has no word {word!r} ({prompt!r}); it knows: {known}")
                 if len(prompt.split()) > CONTEXT - 2:  # the tokenizer would cut it
-                    raise DiffsteerError(f"{self.name}: the embedded CLIP reads {CONTEXT - 2} words at most, not {prompt!r}")
-        clip = self._clip(ctx)
-        return torch.stack([clip.encode_text(prompt) for prompt in prompts])
+                    raise PromptError(f"{self.name}: the embedded CLIP reads {CONTEXT - 2} words at most, not {prompt!r}")
+        return self._clip(ctx).encode_texts(prompts)
+
+
+@dataclass(eq=False)
+class SecondClip(ClipScore):
+    """The same score by another CLIP, to hold out while `clip` steers, or to steer beside it.
+
+    For the embedded models a second miniature CLIP (another architecture, another seed, smaller), for all others OpenAI's
+    ViT-L/14 (1.7 GB, fetched once), which was trained on other pictures than the default of `clip`.
+    """
+
+    name: ClassVar[str] = "clip2"
+    embedded: ClassVar[str] = SECOND
+    default: ClassVar[tuple[str, str]] = ("ViT-L-14", "openai")
+    weights: ClassVar[str | None] = "embedded, or openai/clip-vit-large-patch14 on huggingface.co"
+    weights_bytes: ClassVar[int] = 1_710_000_000

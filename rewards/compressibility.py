@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from diffsteer.media import picture_of
 from diffsteer.reward import Reward
 from diffsteer.types import Context, DiffsteerError, setting
 
@@ -53,7 +53,6 @@ class Compressibility(Reward):
     def _kilobytes(self, image: Tensor) -> float:
         if bool(image.isnan().any()):
             return math.nan
-        levels = (image.float() * 255).round().clamp(0, 255).to(torch.uint8)
         file = io.BytesIO()
-        Image.fromarray(levels.permute(1, 2, 0).cpu().numpy()).save(file, format="JPEG", quality=self.quality)
+        picture_of(image).save(file, format="JPEG", quality=self.quality)
         return file.tell() / 1000

@@ -6,7 +6,7 @@ import difflib
 import functools
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from diffsteer.shapes import models
 from diffsteer.types import DiffsteerError
 
 MANY_TEXTS = 4096  # whose features are kept
-EMBEDDED = "shapes"  # the miniature CLIP that ships with diffsteer
+EMBEDDED, SECOND = "shapes", "shapes2"  # the miniature CLIPs that ship with diffsteer
 RESIZE = ("squash", "crop", "pad")
 _SCHEMAS = ("local-dir:", "hf-hub:")
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".npz")
@@ -31,18 +31,29 @@ def check_options(who: str, model_name: str | None, pretrained: str | None, resi
     Raises:
         DiffsteerError: an unknown `resize`, weights without a model, or weights for a model that brings its own.
     """
-    if resize not in RESIZE:
-        raise DiffsteerError(f"{who}: resize={resize!r} is unknown; valid: {', '.join(RESIZE)}")
+    check_resize(who, resize)
     if pretrained is not None and model_name is None:
         raise DiffsteerError(f"{who}: pretrained={pretrained!r} needs a model_name (such as ViT-B-32)")
-    if pretrained is not None and model_name is not None and (model_name == EMBEDDED or model_name.startswith(_SCHEMAS)):
+    brought = model_name is not None and (model_name in (EMBEDDED, SECOND) or model_name.startswith(_SCHEMAS))
+    if pretrained is not None and brought:
         raise DiffsteerError(f"{who}: model_name={model_name!r} brings its own weights: set pretrained=null (None)")
 
 
+def check_resize(who: str, resize: str) -> None:
+    """Refuse an unknown way to bring a picture to a model's size.
+
+    Raises:
+        DiffsteerError: with those that are known.
+    """
+    if resize not in RESIZE:
+        raise DiffsteerError(f"{who}: resize={resize!r} is unknown; valid: {', '.join(RESIZE)}")
+
+
 def is_embedded(model_name: str) -> bool:
-    """Does this name, or this ``local-dir:``, mean the embedded miniature CLIP?"""
+    """Does this name, or this ``local-dir:``, mean one of the embedded miniature CLIPs?"""
     folder = model_name.removeprefix("local-dir:")
-    return model_name == EMBEDDED or (folder != model_name and Path(folder).resolve() == models.CLIP.resolve())
+    ours = (models.CLIP.resolve(), models.CLIP2.resolve())
+    return model_name in (EMBEDDED, SECOND) or (folder != model_name and Path(folder).resolve() in ours)
 
 
 def fit(images: Tensor, size: tuple[int, int], resize: str, interpolation: str = "bicubic", fill: float = 0.0) -> Tensor:
@@ -74,6 +85,46 @@ def fit(images: Tensor, size: tuple[int, int], resize: str, interpolation: str =
     return images
 
 
+def prepared(
+    images: Tensor,
+    size: tuple[int, int],
+    resize: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+    interpolation: str = "bicubic",
+    fill: float = 0.0,
+) -> Tensor:
+    """Images in [0, 1] as a network takes them: float32, of its size, less the mean and over the deviation of its channels."""
+    x = fit(images.to(torch.float32), size, resize, interpolation, fill)
+    centre, scale = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (list(mean), list(std)))
+    return (x - centre) / scale
+
+
+class Texts:
+    """Features of prompts, each encoded alone, so that they do not depend on the batch; then remembered.
+
+    Args:
+        encode: from a prompt to features (D,).
+    """
+
+    def __init__(self, encode: Callable[[str], Tensor]) -> None:
+        self.encode = encode
+        self._known: dict[str, Tensor] = {}
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """Features (N, D)."""
+        for prompt in prompts:
+            if prompt not in self._known:
+                with torch.inference_mode(False), torch.no_grad():
+                    self._known[prompt] = self.encode(prompt)
+        return torch.stack([self._known[prompt] for prompt in prompts])
+
+    def forget_all_but(self, prompts: Iterable[str]) -> None:
+        """Drop the features of all other prompts, once there are thousands of them."""
+        kept = set(prompts) if len(self._known) > MANY_TEXTS else set(self._known)
+        self._known = {p: features for p, features in self._known.items() if p in kept}
+
+
 class OpenClip:
     """A loaded model, float32 and frozen. Its features are of unit length.
 
@@ -87,29 +138,20 @@ class OpenClip:
         self.preprocessing: dict[str, Any] = model.visual.preprocess_cfg
         size = self.preprocessing["size"]
         self.size: tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[-1])
-        self._texts: dict[str, Tensor] = {}
+        self.encode_texts = Texts(self._encode_text)
 
     def encode_images(self, images: Tensor, resize: str) -> Tensor:
         """Features (N, D) of images (N, 3, H, W) in [0, 1], on the device of the model. Differentiable."""
         cfg = self.preprocessing
-        x = images.to(self.device, torch.float32)
-        x = fit(x, self.size, resize, cfg["interpolation"], cfg["fill_color"] / 255)
-        mean, std = (torch.tensor(cfg[key], device=x.device).view(-1, 1, 1) for key in ("mean", "std"))
-        return F.normalize(self.model.encode_image((x - mean) / std).float(), dim=-1)
+        fill = cfg["fill_color"] / 255
+        x = prepared(images.to(self.device), self.size, resize, cfg["mean"], cfg["std"], cfg["interpolation"], fill)
+        return F.normalize(self.model.encode_image(x).float(), dim=-1)
 
-    def encode_text(self, prompt: str) -> Tensor:
-        """Features (D,) of a prompt, encoded alone, so that they do not depend on the batch; then remembered."""
-        if prompt not in self._texts:
-            with torch.no_grad():
-                ids = self._tokenizer([prompt]).to(self.device)
-                self._texts[prompt] = F.normalize(self.model.encode_text(ids).float(), dim=-1)[0]
-            self._warn_if_cut(prompt, ids.shape[1])
-        return self._texts[prompt]
-
-    def forget_texts_but(self, prompts: Iterable[str]) -> None:
-        """Drop the features of all other prompts, once there are thousands of them."""
-        kept = set(prompts) if len(self._texts) > MANY_TEXTS else set(self._texts)
-        self._texts = {p: features for p, features in self._texts.items() if p in kept}
+    def _encode_text(self, prompt: str) -> Tensor:
+        """Features (D,) of a prompt."""
+        ids = self._tokenizer([prompt]).to(self.device)
+        self._warn_if_cut(prompt, ids.shape[1])
+        return F.normalize(self.model.encode_text(ids).float(), dim=-1)[0]
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
@@ -134,7 +176,8 @@ def load(model_name: str, pretrained: str | None, device: str | None = None) -> 
     a file nobody can tell: name the model with -quickgelu where it is one.
 
     Args:
-        model_name: a name of `open_clip.list_models()`, ``local-dir:FOLDER``, ``hf-hub:ORG/NAME``, or "shapes", the embedded.
+        model_name: a name of `open_clip.list_models()`, ``local-dir:FOLDER``, ``hf-hub:ORG/NAME``, or an embedded one,
+            "shapes" or "shapes2".
         pretrained: a tag of the model or a checkpoint file; None for those that bring their weights.
         device: None for the accelerator if there is one.
 
@@ -144,7 +187,7 @@ def load(model_name: str, pretrained: str | None, device: str | None = None) -> 
     import open_clip
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    name = f"local-dir:{models.CLIP}" if model_name == EMBEDDED else model_name
+    name = {EMBEDDED: f"local-dir:{models.CLIP}", SECOND: f"local-dir:{models.CLIP2}"}.get(model_name, model_name)
     quick_gelu = _needs_quick_gelu(name, pretrained)
     with _quiet(), torch.random.fork_rng(devices=[]), torch.inference_mode(False):  # or gradients could not pass later
         try:
@@ -163,6 +206,26 @@ def load(model_name: str, pretrained: str | None, device: str | None = None) -> 
         return OpenClip(name, model, device)
 
 
+def untrained(model_name: str, device: str | None = None) -> OpenClip:
+    """A model of open_clip without its weights, for those of somebody else.
+
+    Raises:
+        DiffsteerError: there is no such model.
+    """
+    import open_clip
+
+    with _quiet(), torch.random.fork_rng(devices=[]), torch.inference_mode(False):
+        try:
+            model = open_clip.create_model(model_name, load_weights=False, pretrained_image=False)
+        except Exception as error:
+            near = _nearest(model_name, open_clip.list_models())
+            raise DiffsteerError(
+                f"the CLIP model {model_name} could not be made ({_line(error)}); nearest: {near}; or local-dir:FOLDER"
+            ) from error
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return OpenClip(model_name, model.to(device), device)
+
+
 def _needs_quick_gelu(name: str, pretrained: str | None) -> bool:
     """Check the names; say whether the tag was trained with QuickGELU."""
     import open_clip
@@ -173,7 +236,9 @@ def _needs_quick_gelu(name: str, pretrained: str | None) -> bool:
     known = open_clip.list_models()
     if plain not in known:
         also = f"{EMBEDDED}, local-dir:FOLDER or hf-hub:ORG/NAME"
-        raise DiffsteerError(f"there is no CLIP model {name!r}; nearest: {_nearest(plain, [*known, EMBEDDED])}; also {also}")
+        raise DiffsteerError(
+            f"there is no CLIP model {name!r}; nearest: {_nearest(plain, [*known, EMBEDDED, SECOND])}; also {also}"
+        )
     tags = open_clip.list_pretrained_tags_by_model(plain)
     if pretrained is None:
         raise DiffsteerError(f"which weights of {name}? Set pretrained to a checkpoint file or to one of: {', '.join(tags)}")

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from diffsteer.trial import Arena, Asking, Outcome, Search, Trial
+from diffsteer.trial import Arena, Asking, Outcome, Search, Trial, along_ways
 from diffsteer.types import setting
 
 
@@ -60,11 +59,8 @@ class NoiseGradient(Search):
         raise NotImplementedError
 
     def finalists(self, drafts: Sequence[Outcome], number: int) -> list[Outcome]:
-        """The best one and others evenly on its way back to the start, the start included: what is gained on a model for drafts
-        may be its own, and the more so the farther."""
-        way = sorted((d for d in drafts if d.slot <= drafts[0].slot), key=lambda d: d.slot)
-        places = torch.linspace(len(way) - 1, 0, max(number, 1)).round().long().tolist()
-        return [way[i] for i in dict.fromkeys(places[:number])]
+        """The best one, the best of other noises, and others on the first one's way back to its start."""
+        return along_ways(drafts, number)
 
     def trial(self, z: Tensor, gradient: bool) -> Trial:
         return Trial(z, fresh=True, gradient=gradient, through=self.through, checkpoint=self.checkpoint)

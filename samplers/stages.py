@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from diffsteer.staged import as_search, staged
-from diffsteer.trial import Arena, Asking, Search
+from diffsteer.trial import Arena, Asking, Outcome, Search, along_ways
 from diffsteer.types import DiffsteerError
 
 
@@ -64,6 +64,10 @@ class Stages(Search):
 
     def search(self, arena: Arena) -> Asking:
         return staged(self._parts, self._shares, arena)  # type: ignore[attr-defined]
+
+    def finalists(self, drafts: Sequence[Outcome], number: int) -> list[Outcome]:
+        """As of an optimisation, where a stage is one."""
+        return along_ways(drafts, number) if self.needs_grad else super().finalists(drafts, number)
 
     def evaluations(self, steps: int) -> int:
         return sum(part.evaluations(steps) for part in self._parts)  # type: ignore[attr-defined]

@@ -29,7 +29,6 @@ from diffsteer.samplers import RandomSearch, ReNO, Stages
 from diffsteer.types import Context
 
 EMBEDDED = Context(1, 1, True)
-FAST = (12, 24)  # iterations of the fast model, each a run of its own
 
 
 def run(work: Path, cases: int, iterations: int, rate: float, development: bool) -> None:
@@ -42,11 +41,16 @@ def run(work: Path, cases: int, iterations: int, rate: float, development: bool)
     reward, second = ClipScore(), second_reward()
     runs: dict[str, tuple[Any, Any]] = {"plain": (RandomSearch(1), False)}
     shared: dict[str, Any] = {"rate": rate, "patience": 0, "checkpoint": False}
-    draft = Draft(model=fast, finalists=4)
-    for n in FAST:
-        runs[f"fast, {n}"] = (ReNO(iterations=n, **shared), draft)
-    runs["fast, 12, four noises"] = (ReNO(iterations=12, noises=4, **shared), Draft(model=fast, finalists=6))
-    runs["fast, best of 16 noises, 12"] = (Stages([RandomSearch(16), ReNO(iterations=12, **shared)]), draft)
+
+    def few(finalists: int) -> Draft:
+        return Draft(model=fast, finalists=finalists)
+
+    runs["fast, 12"] = (ReNO(iterations=12, **shared), few(4))
+    runs["fast, 12, four noises"] = (ReNO(iterations=12, noises=4, **shared), few(6))
+    runs["fast, best of 24 noises"] = (RandomSearch(24), few(8))
+    runs["fast, best 2 of 24 noises, 10"] = (Stages([RandomSearch(24), ReNO(iterations=10, noises=2, **shared)]), few(5))
+    runs["fast, best 3 of 16 noises, 8"] = (Stages([RandomSearch(16), ReNO(iterations=8, noises=3, **shared)]), few(6))
+    runs["fast, best 4 of 16 noises, 8"] = (Stages([RandomSearch(16), ReNO(iterations=8, noises=4, **shared)]), few(5))
     runs[f"full, {iterations}"] = (ReNO(iterations=iterations, **shared), False)
     with path.open("a") as sink:
         for case in held_out(-(-cases // 6), 6 if development else 7)[:cases]:

@@ -1,21 +1,26 @@
 """What is worth an evaluation? Searches of noise against best of N on the shapes world, at equal budgets.
 
     python scripts/bench_search.py run --work DIR [--development] [--methods a,b] [--budgets 2,4] [--shard 0/2]   resumes
-    python scripts/bench_search.py table --work DIR [--plot FILE]                          accuracy by budget, and the plot
+    python scripts/bench_search.py pack --work DIR                                         keeps DIR's records, too
+    python scripts/bench_search.py table [--work DIR] [--development] [--plot FILE]        accuracy by budget, and the plot
     python scripts/bench_search.py mixtures                                                regret on Gaussian mixtures
 
 The reward that searches is the miniature CLIP; the judge is the checker, and `clip2`, which never steers, the held-out reward.
 A budget is a multiple of the plain run's evaluations (30 steps with guidance: 60); what else a method costs is told beside. A
-case is a caption and a seed; all methods draw their noises from the same keys, so that best of N is nested: one pool of 32
-tells all N. Intervals are 95 %, by bootstrap over captions. Methods and settings were chosen on development captions alone.
+case is a caption and a seed; all methods draw their noises from the same keys, so that best of N is nested: one pool tells all
+N. Seconds are told in plain runs: divided by what 60 rows took the bare denoiser just before, 48 at a time. Intervals are 95 %,
+by bootstrap over captions. Methods and settings were chosen on development captions alone. The records behind docs/results.md
+are kept in docs/measured/search.jsonl.gz; what stands there is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import hashlib
 import json
 import os
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -46,8 +51,9 @@ from diffsteer.samplers import (
 from diffsteer.shapes.models import MODELS, digest
 from diffsteer.types import Context
 
-CAPTIONS_A_TASK, SEEDS, BATCH, POOL, PLAIN = 20, 2, 12, 32, 60
+CAPTIONS_A_TASK, SEEDS, BATCH, MOST, PLAIN = 20, 2, 12, 32, 60
 BUDGETS = (2, 4, 8, 16)
+KEPT = Path(__file__).parents[1] / "docs" / "measured" / "search.jsonl.gz"
 EMBEDDED = Context(1, 1, True)
 Made = tuple[Any, Any]  # a sampler, and its drafts
 
@@ -97,15 +103,19 @@ METHODS: dict[str, Callable[[int], Made]] = {
     "fk": lambda u: (FeynmanKac(u), None),
     "fk_many": lambda u: (FeynmanKac(u, events=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8)), None),
     "fk_short": lambda u: (FeynmanKac(2 * u), None),  # on half of the steps
-    "best_of_n_short": lambda u: (BestOfN(2 * u), None),
-    "best_of_n_third": lambda u: (BestOfN(3 * u), None),  # on a third of the steps
     "fk_third": lambda u: (FeynmanKac(3 * u), None),
     "beam_late": lambda u: (Beam(*BEAMS[u], events=(0.6, 0.8)), None),
     "halving_fk": lambda u: (Stages([SuccessiveHalving(u), FeynmanKac(max(2, u // 2))]), None),
     "reno_turbo": lambda u: (ReNO(iterations=30, rate=2.0), Draft(model=fast(), finalists=max(1, u // 4))),
 }
 
-STEPS_OF = {"fk_short": 15, "best_of_n_short": 15, "best_of_n_third": 10, "fk_third": 10}
+STEPS_OF = {"fk_short": 15, "fk_third": 10, "pool_short": 15, "pool_third": 10}
+POOLS: dict[str, tuple[str, Any]] = {
+    "pool": ("best of N", BestOfN(MOST)),
+    "pool_ode": ("best of N, no noise", BestOfN(MOST, eta=0.0)),
+    "pool_short": ("best of 2N, 15 steps", BestOfN(2 * MOST)),
+    "pool_third": ("best of 3N, 10 steps", BestOfN(3 * MOST)),
+}
 
 
 def cases_of(development: bool) -> list[Case]:
@@ -115,28 +125,59 @@ def cases_of(development: bool) -> list[Case]:
 
 
 def settings_of(method: str, units: int) -> str:
-    made: Any = METHODS[method](units) if method in METHODS else POOL
+    sampler, draft = (POOLS[method][1], None) if method in POOLS else METHODS[method](units)
     models = [digest(m) for m in ("shapes", "shapes-turbo") if m in MODELS and (m == "shapes" or "turbo" in method)]
-    told = repr(made[0]) + repr(made[1] and (made[1].share, made[1].finalists)) if made != POOL else "pool"
-    return hashlib.sha256(f"{told} {models} {__version__}".encode()).hexdigest()[:16]
+    told = f"{sampler!r} {draft and (draft.share, draft.finalists)} {STEPS_OF.get(method)}"
+    return hashlib.sha256(f"{told} {models}".encode()).hexdigest()[:16]
 
 
-def read(work: Path) -> list[Case]:
-    found = []
-    for f in sorted(work.glob("search.*.jsonl")):
-        whole = f.read_text().rpartition("\n")[0]
-        found += [json.loads(line) for line in whole.splitlines()]
-    return found
+def read(work: Path | None, development: bool) -> list[Case]:
+    """What is kept and what stands in a folder, of what was made with the methods as they are."""
+    lines = gzip.decompress(KEPT.read_bytes()).decode().splitlines() if KEPT.exists() else []
+    for f in sorted(work.glob("search.*.jsonl")) if work else []:
+        lines += f.read_text().rpartition("\n")[0].splitlines()
+    found = {(r["method"], r["units"], r["id"]): r for r in map(json.loads, lines)}
+    ours = [r for r in found.values() if r["method"] in POOLS or r["method"] in METHODS]
+    ours = [r for r in ours if r["settings"] == settings_of(r["method"], r["units"])]
+    return [r for r in ours if r["id"].startswith("6-" if development else "7-")]
+
+
+def pack(work: Path) -> None:
+    """Keep a folder's records: numbers to three digits behind the point."""
+    records = sorted(read(work, False) + read(work, True), key=lambda r: (r["method"], r["units"], r["id"]))
+    KEPT.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(rounded(r), sort_keys=True) + "\n" for r in records)
+    KEPT.write_bytes(gzip.compress(text.encode(), mtime=0))
+    print(f"{len(records)} records, {KEPT.stat().st_size / 1e6:.2f} MB")
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [rounded(v) for v in value]
+    return round(value, 3) if isinstance(value, float) else value
+
+
+def plain_seconds(pipe: Any) -> float:
+    """What the rows of a plain run take the denoiser alone, 48 at a time: the median of three calls."""
+    times, x, words = [], torch.randn(48, 4, 16, 16), torch.zeros(48, 1, pipe.unet.config.cross_attention_dim)
+    with torch.no_grad():
+        for _ in range(3):
+            began = time.perf_counter()
+            pipe.unet(x, torch.full((48,), 500.0), encoder_hidden_states=words)
+            times.append(time.perf_counter() - began)
+    return PLAIN / 48 * sorted(times)[1]
 
 
 def run(work: Path, methods: list[str], budgets: list[int], shard: tuple[int, int], development: bool) -> None:
     """Append a line a case, method and budget; what is there is not done again."""
     work.mkdir(parents=True, exist_ok=True)
-    done = {(r["method"], r["units"], r["id"]) for r in read(work) if r["settings"] == settings_of(r["method"], r["units"])}
+    done = {(r["method"], r["units"], r["id"]) for r in read(work, development)}
     pipe = load_pipeline("shapes")
     pipe.set_progress_bar_config(disable=True)
     reward, second = ClipScore(), second_reward()
-    jobs = [(m, u, c) for m in methods for u in ([POOL] if m in ("pool", "pool_ode") else budgets)
+    jobs = [(m, u, c) for m in methods for u in ([MOST] if m in POOLS else budgets)
             for c in chunks(cases_of(development), BATCH)]  # fmt: skip
     with (work / f"search.{os.getpid()}.jsonl").open("a") as sink:
         for method, units, cases in jobs[shard[0] :: shard[1]]:
@@ -144,19 +185,15 @@ def run(work: Path, methods: list[str], budgets: list[int], shard: tuple[int, in
             if not cases:
                 continue
             texts, ids = [c["caption"] for c in cases], [c["id"] for c in cases]
-            sampler, draft, budget = BestOfN(POOL), None, None
-            steps: dict[str, int] = {}
-            if method == "pool_ode":
-                sampler = BestOfN(POOL, eta=0.0)
-            elif method != "pool":
-                sampler, draft = METHODS[method](units)
-                budget = None if isinstance(sampler, FeynmanKac | BestOfN) else Budget(evals=units * PLAIN)
-                steps = {"num_inference_steps": STEPS_OF[method]} if method in STEPS_OF else {}
+            sampler, draft = (POOLS[method][1], None) if method in POOLS else METHODS[method](units)
+            budget = None if isinstance(sampler, FeynmanKac | BestOfN) else Budget(evals=units * PLAIN)
+            steps = {"num_inference_steps": STEPS_OF[method]} if method in STEPS_OF else {}
+            unit = plain_seconds(pipe)
             searching = {} if budget is None else {"budget": budget, "draft": draft if draft is not None else False}
             out = SteeredPipeline(pipe, sampler, reward, output="all", chunk=64, **searching)(texts, seed=0, ids=ids, **steps)
             for i, case in enumerate(cases):
                 samples = out.samples[i].float()
-                shown = samples if method.startswith("pool") else samples[out.chosen[i]][None]
+                shown = samples if method in POOLS else samples[out.chosen[i]][None]
                 held = second.score(shown, [case["caption"]] * len(shown), EMBEDDED).tolist() if second else None
                 found = out.trace.searches[i] if out.trace.searches else None
                 spent = found.spent if found else None
@@ -164,7 +201,8 @@ def run(work: Path, methods: list[str], budgets: list[int], shard: tuple[int, in
                     "method": method,
                     "units": units,
                     "settings": settings_of(method, units),
-                    "rewards": out.rewards[i].tolist() if method.startswith("pool") else [out.rewards[i, out.chosen[i]].item()],
+                    "version": __version__,
+                    "rewards": out.rewards[i].tolist() if method in POOLS else [out.rewards[i, out.chosen[i]].item()],
                     "second": held,
                     "right": [judge(s, case["caption"]) for s in shown],
                     "evaluations": spent.evals if spent else out.ledger.evaluations // len(cases),
@@ -172,6 +210,7 @@ def run(work: Path, methods: list[str], budgets: list[int], shard: tuple[int, in
                     "reward_calls": spent.reward_calls if spent else out.ledger.reward_calls // len(cases),
                     "backwards": out.ledger.backwards // len(cases),
                     "seconds": out.ledger.seconds["total"] / len(cases),
+                    "plain_seconds": unit,
                     "gap": found.gap.mean if found and found.gap else None,
                     "kept_first": found.gap.kept_first if found and found.gap else None,
                 }
@@ -187,23 +226,22 @@ def by_method(records: list[Case]) -> dict[tuple[str, int], dict[str, Case]]:
     """Records by (method, units) and case; of the pools every nested best of N."""
     table: dict[tuple[str, int], dict[str, Case]] = defaultdict(dict)
     for r in records:
-        if not r["method"].startswith("pool"):
+        if r["method"] not in POOLS:
             table[r["method"], r["units"]][r["id"]] = r
             continue
-        name = "best of N" if r["method"] == "pool" else "best of N, no noise"
+        name, size = POOLS[r["method"]][0], len(r["rewards"])
         for n in (1, 2, 4, 8, 16, 32):
-            k = int(np.argmax(r["rewards"][:n]))
-            share = n / POOL
-            counts = {c: round(r[c] * share) for c in ("evaluations", "decodes", "reward_calls")}
-            mine = {"rewards": [r["rewards"][k]], "second": [r["second"][k]], "right": [r["right"][k]]}
-            table[name, n][r["id"]] = r | mine | counts | {"seconds": r["seconds"] * share, "method": name, "units": n}
+            k = int(np.argmax(r["rewards"][: size * n // MOST]))
+            counts = {c: round(r[c] * n / MOST) for c in ("evaluations", "decodes", "reward_calls")}
+            mine = {c: [r[c][k]] for c in ("rewards", "second", "right")}
+            table[name, n][r["id"]] = r | mine | counts | {"seconds": r["seconds"] * n / MOST, "units": n}
     return table
 
 
-def show(work: Path, plot: Path | None) -> None:
-    table = by_method(read(work))
+def show(work: Path | None, development: bool, plot: Path | None) -> None:
+    table = by_method(read(work, development))
     heads = ("method", "budget", "right (95 %)", "against best of N at the same budget", "reward", "held-out", "evaluations")
-    print("| " + " | ".join([*heads, "decodes", "reward calls", "seconds"]) + " |")
+    print("| " + " | ".join([*heads, "decodes", "reward calls", "time, in plain runs"]) + " |")
     print("|" + "---|" * 10)
     points: dict[str, list[tuple[float, float, float, float, float]]] = defaultdict(list)
     for (method, units), by_case in sorted(table.items(), key=lambda kv: (kv[0][0] != "best of N", kv[0])):
@@ -217,7 +255,8 @@ def show(work: Path, plot: Path | None) -> None:
             interval(np.array([float(by_case[i]["right"][0]) - float(base[i]["right"][0]) for i in same]),
                      [by_case[i]["caption"] for i in same])
         )  # fmt: skip
-        averages = [np.mean([by_case[i][k] for i in ids]) for k in ("evaluations", "decodes", "reward_calls", "seconds")]
+        averages = [np.mean([by_case[i][k] for i in ids]) for k in ("evaluations", "decodes", "reward_calls")]
+        averages.append(np.mean([by_case[i]["seconds"] / by_case[i]["plain_seconds"] for i in ids]))
         reward, held = (np.mean([by_case[i][k][0] for i in ids]) for k in ("rewards", "second"))
         points[method].append((averages[0], averages[3], mean, low, high))
         print(f"| {method} | {units} | {mean:.3f} ({low:.3f}, {high:.3f}) | {gain} | {reward:.1f} | {held:.1f} | "
@@ -237,7 +276,7 @@ def draw(points: dict[str, list[tuple[float, float, float, float, float]]], path
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
-    for axis, column, what in ((axes[0], 0, "evaluations"), (axes[1], 1, "seconds a case")):
+    for axis, column, what in ((axes[0], 0, "evaluations"), (axes[1], 1, "time, in plain runs")):
         for name, values in points.items():
             rows = sorted(values)
             bold = name == "best of N"
@@ -307,9 +346,9 @@ def mixtures() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "table", "mixtures"])
+    parser.add_argument("command", choices=["run", "pack", "table", "mixtures"])
     parser.add_argument("--work", type=Path)
-    parser.add_argument("--methods", default=",".join(["pool", "pool_ode", *METHODS]))
+    parser.add_argument("--methods", default=",".join([*POOLS, *METHODS]))
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)))
     parser.add_argument("--shard", default="0/1")
     parser.add_argument("--development", action="store_true")
@@ -318,7 +357,9 @@ if __name__ == "__main__":
     if a.command == "mixtures":
         mixtures()
     elif a.command == "table":
-        show(a.work, a.plot)
+        show(a.work, a.development, a.plot)
+    elif a.command == "pack":
+        pack(a.work)
     else:
         part, of = map(int, a.shard.split("/"))
         run(a.work, a.methods.split(","), [int(b) for b in a.budgets.split(",")], (part, of), a.development)

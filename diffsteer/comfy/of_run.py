@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from diffsteer.comfy import fields
 from diffsteer.comfy.graph import Graph, Made
-from diffsteer.reward import Reward
+from diffsteer.reward import Reward, WeightedSum, ZScore
 from diffsteer.shapes.models import MODELS, recommended_for
 from diffsteer.trial import Search
 from diffsteer.types import DiffsteerError, Sampler
@@ -103,6 +103,8 @@ def graph_of(
 
 
 def _reward(graph: Graph, reward: Reward) -> Any:
+    if isinstance(reward, WeightedSum | ZScore):
+        raise DiffsteerError(f"in a graph join rewards by the node Add rewards, not {reward.name}")
     options = {f: fields.shown(type(reward), reward, f) for f in fields.names(type(reward))}
     return graph.add(f"DiffsteerReward_{reward.name}", **options)["reward"]
 

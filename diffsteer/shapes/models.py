@@ -24,7 +24,7 @@ SHARED = {
     "shapes-motion": _OF_THE_FIRST,
 }
 NOISE = WEIGHTS / "noise-turbo" / "change.safetensors"  # of the few-step model, for its noise network
-CLIP = WEIGHTS / "clip"
+CLIP, CLIP2 = WEIGHTS / "clip", WEIGHTS / "clip2"
 DEFAULTS = WEIGHTS / "defaults.json"
 
 
@@ -65,7 +65,7 @@ def is_embedded(pipe: Any) -> bool:
 def digest(name: str) -> str:
     """SHA-256 of everything that makes an embedded model's result: its weights, the rewards' and its defaults."""
     sha = hashlib.sha256(json.dumps(_defaults()[name], sort_keys=True).encode())
-    for folder in (MODELS[name], *SHARED.get(name, {}).values(), CLIP, WEIGHTS / "clip2"):
+    for folder in (MODELS[name], *SHARED.get(name, {}).values(), CLIP, CLIP2):
         for file in sorted(folder.rglob("*.safetensors")):
             sha.update(file.read_bytes())
     return sha.hexdigest()

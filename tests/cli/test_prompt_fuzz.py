@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from diffsteer.batch import Folder, as_items
+from diffsteer.batch import Folder
 from diffsteer.config import as_yaml, register_schemas
 from diffsteer.overrides import for_hydra
+from diffsteer.prompts import as_items
 
 EXAMPLES = [
     "", " ", "  two  blanks ", "${oc.env:HOME}", "\\${x}", "\\\\${x}", "${", "$", "}", "${a}'${b}\\", "a,b", "a, b", "x=(1)",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from diffsteer import media
 from diffsteer.fingerprint import fingerprint, fingerprints
 from diffsteer.rewards import Compressibility
 
@@ -43,17 +46,16 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in names}
 
 
-@pytest.mark.parametrize(("error", "code"), [(ValueError("odd"), 1), (KeyboardInterrupt(), 130)])
 def test_a_stopped_run_goes_on(
-    error: BaseException, code: int, generate: Any, manifest: Any, prompts: str, fail_on: Any, tmp_path: Path, monkeypatch: Any
+    generate: Any, manifest: Any, prompts: str, fail_on: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fixed = (prompts, "deterministic=true")
     with monkeypatch.context():
-        fail_on("a ring, a star", error)
+        fail_on("a ring, a star", KeyboardInterrupt())
         stopped = generate(*fixed, "out=o")
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    assert stopped.code == code and stopped.err.count("\n") == 1 and "out=o" in stopped.err
+    assert stopped.code == 130 and stopped.err.count("\n") == 1 and "out=o" in stopped.err
     assert [e["prompt"] for e in manifest(tmp_path / "o")] == ["a red star"]
     made = (tmp_path / "o/images/000.png").stat().st_mtime_ns
     resumed = generate(*fixed, "out=o")
@@ -62,6 +64,64 @@ def test_a_stopped_run_goes_on(
     assert generate(*fixed, "out=whole", "batch=3").code == 0
     assert bytes_of(tmp_path / "o") == bytes_of(tmp_path / "whole")
     assert [e["prompt"] for e in manifest(tmp_path / "o")] == PROMPTS.splitlines()
+
+
+def test_a_prompt_that_fails_is_noted_and_the_others_go_on(
+    generate: Any, manifest: Any, prompts: str, fail_on: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed = (prompts, "deterministic=true")
+    for batch in (1, 3):
+        out = tmp_path / f"o{batch}"
+        with monkeypatch.context():
+            fail_on("a ring, a star", ValueError("odd"))
+            failed = generate(*fixed, f"out=o{batch}", f"batch={batch}")
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
+        said = "1 of 3 prompts failed, see errors.jsonl; the first was 'a ring, a star': the reward compressibility raised"
+        assert failed.code == 1 and failed.err.count("\n") == 1 and said in failed.err and f"out=o{batch}" in failed.err
+        assert [e["prompt"] for e in manifest(out)] == ["a red star", "  two (circles)"]
+        (line,) = map(json.loads, (out / "errors.jsonl").read_text().splitlines())
+        assert line["id"] == 1 and line["prompt"] == "a ring, a star" and "odd" in line["error"]
+        assert generate(*fixed, f"out=o{batch}").code == 0 and not (out / "errors.jsonl").exists()
+    assert generate(*fixed, "out=whole").code == 0
+    assert bytes_of(tmp_path / "o1") == bytes_of(tmp_path / "o3") == bytes_of(tmp_path / "whole")
+
+
+def test_where_nothing_works_the_rest_is_not_tried(generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def score(self: Any, samples: Any, prompts: Any, ctx: Any) -> Any:
+        calls.append(prompts)
+        raise ValueError("broken")
+
+    (tmp_path / "many.txt").write_text("".join(f"a star {i}\n" for i in range(20)))
+    monkeypatch.setattr(Compressibility, "score", score)
+    result = generate("prompts=many.txt", "out=o")
+    assert result.code == 1 and "raised ValueError" in result.err and result.err.count("\n") == 1
+    assert (
+        len({p for prompts in calls for p in prompts}) == 3 and len((tmp_path / "o/errors.jsonl").read_text().splitlines()) == 3
+    )
+
+
+def test_a_full_disk_stops_the_run_and_loses_nothing(
+    generate: Any, manifest: Any, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = media.save
+
+    def full(made: Any, path: Path, texts: Any = None) -> None:
+        if path.name.startswith(".001"):
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save(made, path, texts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("diffsteer.batch.media.save", full)
+        stopped = generate(prompts, "out=o", "deterministic=true")
+    assert stopped.code == 1 and "No space left on device" in stopped.err and stopped.err.count("\n") == 1
+    assert [e["prompt"] for e in manifest(tmp_path / "o")] == ["a red star"]
+    assert generate(prompts, "out=o", "deterministic=true").code == 0
+    assert generate(prompts, "out=whole", "deterministic=true").code == 0
+    assert bytes_of(tmp_path / "o") == bytes_of(tmp_path / "whole")
 
 
 def test_done_prompts_are_not_done_again(generate: Any, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

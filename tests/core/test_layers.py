@@ -25,7 +25,7 @@ FLOORS = [
     ["blocks", "media", "fingerprint", "budget", "proposals", "prior", "diversity"],
     ["start"],
     ["levels", "events", "particles", "resampling", "reward", "hooks", "decoding", "conditions"]
-    + ["guidance", "classifier_free", "schedules", "grids", "lineage", "correlation"],
+    + ["guidance", "classifier_free", "schedules", "grids", "lineage", "correlation", "holdout", "conformance", "expression"],
     ["judging"],
     ["trial"],
     ["draft", "staged", "found", "ground", "noise_network"],
@@ -48,7 +48,20 @@ FLOORS = [
     ["profiles"],
     ["measured"],
     ["sheet"],
-    ["registry", "config", "overrides", "batch", "listing", "told", "generate", "cli", "__main__"]
+    [
+        "registry",
+        "calibration",
+        "config",
+        "overrides",
+        "prompts",
+        "batch",
+        "listing",
+        "told",
+        "work",
+        "generate",
+        "cli",
+        "__main__",
+    ]
     + ["ranges", "tuning", "tuned", "tune"],
 ]
 FACES = {"pipeline", "dropin", "cli", "generate", "batch", "config", "registry"}

@@ -59,6 +59,7 @@ def test_sdist_carries_the_tests(wheel: Path) -> None:
         "samplers/feynman_kac.py",
         "configs/sampler/fk.yaml",
         "docs/architecture.md",
+        "examples/diffsteer-warmth/pyproject.toml",
     ):
         assert any(n.endswith(wanted) for n in names), wanted
 

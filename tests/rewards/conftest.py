@@ -66,7 +66,7 @@ def images() -> Tensor:
     return (torch.cat([coarse, noisy]) * 255).round() / 255
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def v2_state() -> dict[str, Tensor]:
     """Tensors in the layout of the LAION v2 head, its ratings near 5."""
     draws, widths = torch.Generator().manual_seed(1), (768, 1024, 128, 64, 16, 1)

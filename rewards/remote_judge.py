@@ -1,0 +1,152 @@
+"""A judge behind an HTTP endpoint that speaks as OpenAI's does: it is shown a picture and answers with a number."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from diffsteer.media import picture_of
+from diffsteer.reward import Reward
+from diffsteer.types import Context, DiffsteerError, check_numbers, setting
+
+QUESTION = (
+    'Rate how well this picture shows "{prompt}", from {low} (nothing of it) to {high} (all of it). '
+    "Answer with the number alone."
+)
+AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # statuses after which it is worth asking again
+_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)")
+MOST = 20_000  # answers that are remembered
+
+
+@dataclass(eq=False)
+class RemoteJudge(Reward):
+    """The number that a model of language and vision answers with, from `low` to `high`.
+
+    The key, where the endpoint wants one, is read from the environment and goes nowhere else. A picture that was asked about
+    is not asked about again. Answers may come in any order; each stays with its picture. An answer without a number, or with
+    one out of range, is asked for again, and in the end is NaN, which loses. The temperature is 0; an endpoint may still answer
+    otherwise another time.
+
+    Cost: a request a sample, `parallel` at a time.
+
+    Args:
+        url: up to /v1, such as http://localhost:8000/v1. model: as the endpoint calls it.
+        question: with ``{prompt}`` in it, ``{low}`` and ``{high}`` if wanted.
+        low, high: the ends of the scale.
+        timeout: seconds that an answer may take. retries: further tries, with twice the pause before each.
+        parallel: requests at a time.
+        key: the name of the environment variable that holds the key.
+
+    Raises:
+        DiffsteerError: what is no option; later, an endpoint that does not answer, or refuses.
+    """
+
+    url: str | None = None
+    model: str | None = None
+    question: str = QUESTION
+    low: float = 0.0
+    high: float = 10.0
+    timeout: float = setting(60.0, low=0)
+    retries: int = setting(3, low=0)
+    parallel: int = setting(4, low=1)
+    key: str = "OPENAI_API_KEY"
+
+    name: ClassVar[str] = "remote_judge"
+    range: ClassVar[tuple[float, float]] = (0.0, 10.0)
+    deterministic: ClassVar[bool] = False
+    needs_prompt: ClassVar[bool] = True
+    licence: ClassVar[str | None] = "that of the endpoint"
+    weights: ClassVar[str | None] = "behind the endpoint"
+
+    def __post_init__(self) -> None:
+        check_numbers("remote_judge: ", {"retries": self.retries, "parallel": self.parallel}, {"timeout": self.timeout})
+        if "{prompt}" not in self.question:
+            raise DiffsteerError(f"remote_judge: question={self.question!r} has no {{prompt}} in it")
+        if not self.low < self.high:
+            raise DiffsteerError(f"remote_judge: low={self.low:g} is not below high={self.high:g}")
+        if self.timeout <= 0 or self.retries < 0 or self.parallel < 1:
+            raise DiffsteerError(
+                f"remote_judge: timeout={self.timeout:g}, retries={self.retries}, parallel={self.parallel}; "
+                "wanted more than 0, at least 0, at least 1"
+            )
+        self.__dict__.update(range=(self.low, self.high))
+        self._known: dict[str, float] = {}
+
+    def prepare(self, prompts: Sequence[str], ctx: Context) -> None:
+        """Refuse a judge without an address."""
+        if not self.url or not self.url.startswith(("http://", "https://")):
+            raise DiffsteerError(f"remote_judge: url={self.url}; wanted one such as http://localhost:8000/v1")
+        if not self.model:
+            raise DiffsteerError("remote_judge: which model? Give model=, as the endpoint calls it")
+
+    def score(self, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
+        """Images (N, 3, H, W) in [0, 1] -> (N,). NaN for an image with NaN, and where there is no answer with a number."""
+        self.prepare(prompts, ctx)
+        asked = [(image, prompt, bool(image.isnan().any())) for image, prompt in zip(samples, prompts, strict=True)]
+        with ThreadPoolExecutor(self.parallel) as pool:  # `map` keeps the order
+            found = list(pool.map(lambda a: float("nan") if a[2] else self._rate(a[0], a[1]), asked))
+        return torch.tensor(found, dtype=torch.float32, device=samples.device)
+
+    def _rate(self, image: Tensor, prompt: str) -> float:
+        file = io.BytesIO()
+        picture_of(image).save(file, format="PNG")
+        digest = hashlib.sha256(file.getvalue() + prompt.encode()).hexdigest()
+        if digest not in self._known:
+            if len(self._known) >= MOST:
+                self._known.clear()
+            question = self.question.replace("{low}", f"{self.low:g}").replace("{high}", f"{self.high:g}")
+            question = question.replace("{prompt}", prompt)
+            self._known[digest] = self._answer(question, base64.b64encode(file.getvalue()).decode())
+        return self._known[digest]
+
+    def _answer(self, question: str, png: str) -> float:
+        picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png}"}}
+        turn = {"role": "user", "content": [{"type": "text", "text": question}, picture]}
+        body = {"model": self.model, "messages": [turn], "temperature": 0, "max_tokens": 16}
+        said = ""
+        for _ in range(self.retries + 1):
+            said = self._post(body)
+            number = _NUMBER.search(said)
+            if number is not None and self.low <= float(number[0]) <= self.high:
+                return float(number[0])
+        wanted = f"no number from {self.low:g} to {self.high:g}"
+        warnings.warn(f"remote_judge: {self.model} answered {said[:60]!r}, {wanted}", stacklevel=2)
+        return float("nan")
+
+    def _post(self, body: dict[str, Any]) -> str:
+        """One answer, asked for again where that may help."""
+        import requests
+        from requests.adapters import HTTPAdapter
+        from urllib3.util import Retry
+
+        retry = Retry(self.retries, backoff_factor=0.5, status_forcelist=AGAIN, allowed_methods=None, raise_on_status=False)
+        secret = os.environ.get(self.key)
+        headers = {"Authorization": f"Bearer {secret}"} if secret else {}
+        assert self.url is not None
+        address = f"{self.url.rstrip('/')}/chat/completions"
+        try:
+            with requests.Session() as http:
+                for scheme in ("http://", "https://"):
+                    http.mount(scheme, HTTPAdapter(max_retries=retry))
+                got = http.post(address, json=body, headers=headers, timeout=self.timeout)
+        except requests.RequestException as error:
+            raise DiffsteerError(
+                f"remote_judge: {address} does not answer ({type(error).__name__}: {str(error)[:200]})"
+            ) from error
+        if not got.ok:
+            raise DiffsteerError(f"remote_judge: {address} answered {got.status_code} {got.reason}: {got.text[:200]}")
+        try:
+            return str(got.json()["choices"][0]["message"]["content"])
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise DiffsteerError(f"remote_judge: {address} answered what is no completion: {got.text[:200]}") from error

@@ -1,0 +1,326 @@
+"""Batches: where prompts come from, what one of them may ask for alone, and a run that is killed at any moment."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from diffsteer.prompts import OVERRIDES, Item, read_items
+from diffsteer.types import DiffsteerError
+
+THREE = ["a red star", "Two, three; circles", 'a "ring" ünder ☂']
+
+# ------------------------------------------------------------------------------------------------------ sources
+
+
+def tar_of(members: dict[str, bytes]) -> bytes:
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return made.getvalue()
+
+
+def table(rows: list[list[str]], delimiter: str) -> bytes:
+    made = io.StringIO(newline="")
+    csv.writer(made, delimiter=delimiter).writerows(rows)
+    return made.getvalue().encode()
+
+
+def parquet(rows: list[dict[str, Any]]) -> bytes:
+    tables, files = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    made = io.BytesIO()
+    files.write_table(tables.Table.from_pylist(rows), made)
+    return made.getvalue()
+
+
+SOURCES = {
+    "p.txt": lambda: "\r\n\n".join(THREE).encode(),
+    "p.jsonl": lambda: "\n".join(json.dumps({"prompt": p}) for p in THREE).encode(),
+    "p.json": lambda: json.dumps([{"prompt": p} for p in THREE], indent=1).encode(),
+    "p.csv": lambda: table([["No.", "Prompts", "Category"], *([str(i), p, "Colors"] for i, p in enumerate(THREE))], ","),
+    "p.tsv": lambda: table([["Prompt", "Note"], *([p, ""] for p in THREE)], "\t"),
+    "p.parquet": lambda: parquet([{"caption": p} for p in THREE]),
+    "p.tar": lambda: tar_of({f"a/{i}.txt": p.encode() for i, p in enumerate(THREE)} | {"a/0.png": b"no text"}),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_kind_of_file(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(SOURCES[name]())
+    items = read_items(tmp_path / name)
+    assert [i.prompt for i in items] == THREE and [i.index for i in items] == [0, 1, 2]
+    assert [i.id for i in items] == (["a/0", "a/1", "a/2"] if name == "p.tar" else [0, 1, 2])
+    assert all(not i.overrides for i in items)
+
+
+def test_metadata_of_geneval_and_tables_keep_what_they_say(tmp_path: Path) -> None:
+    line = {"tag": "counting", "include": [{"class": "star", "count": 2}], "prompt": "a photo of two stars"}
+    (tmp_path / "g.jsonl").write_text(json.dumps(line))
+    (item,) = read_items(tmp_path / "g.jsonl")
+    assert item == Item(0, 0, "a photo of two stars", {}, {"tag": "counting", "include": line["include"]})
+    (tmp_path / "d.csv").write_bytes(table([["No.", "Prompts", "Category"], ["1", "A red car.", "Colors"]], ","))
+    assert read_items(tmp_path / "d.csv")[0].about == {"No.": "1", "Category": "Colors"}
+
+
+OWN = {"seed": 7, "negative_prompt": "a, b", "guidance_scale": 2.5, "num_inference_steps": 3, "width": 16, "height": 8}
+
+
+def test_what_is_asked_for_one_prompt_alone(tmp_path: Path) -> None:
+    wanted = OWN | {"reward": {"quality": 50, "incompressible": "true"}}
+    (tmp_path / "p.jsonl").write_text(json.dumps({"id": "one", "prompt": "a", **wanted}))
+    flat = OWN | {"reward.quality": 50, "reward.incompressible": "true"}
+    (tmp_path / "p.csv").write_bytes(
+        table(
+            [["id", "prompt", *flat, "more"], ["one", "a", *map(str, flat.values()), "x"], ["2", "b", *[""] * len(flat), ""]],
+            ",",
+        )
+    )
+    (tmp_path / "p.parquet").write_bytes(parquet([{"id": "one", "prompt": "a", **flat}]))
+    (tmp_path / "p.tar").write_bytes(tar_of({"one.json": json.dumps({"caption": "a", **wanted}).encode()}))
+    for name in ("p.jsonl", "p.csv", "p.parquet", "p.tar"):
+        item = read_items(tmp_path / name)[0]
+        assert (item.id, item.prompt, item.overrides) == ("one", "a", wanted), name
+    plain = read_items(tmp_path / "p.csv")[1]
+    assert plain == Item(1, 2, "b") and set(wanted) == set(OVERRIDES)
+
+
+WRONG_FILES = {
+    "none.csv": (None, "No such file"),
+    "a.csv": (b"name,size\nx,1\n", "no column is called prompt, .* or text; it has name, size"),
+    "b.csv": (b"prompt,seed\na,1\nb\n", "b.csv, line 3: it has not 2 fields"),
+    "c.csv": (b'prompt\n"a\n', "c.csv, line 1: this is no table"),
+    "d.csv": (b"prompt,seed\na,one\nb,two\n", "line 2: seed='one'; wanted a whole number .*and 1 more like it"),
+    "e.csv": (b"prompt,seed\n,3\n", "its prompt is empty"),
+    "f.csv": (b"", "no column is called prompt"),
+    "g.csv": (b"prompt,seed\n", "there is no prompt in it"),
+    "h.csv": (b"prompt\n\xff\n", "not UTF-8"),
+    "a.jsonl": (b'{"prompt": "a", "width": 0}\n', "width=0; wanted a whole number, at least 1"),
+    "b.jsonl": (b'{"prompt": "a", "guidance_scale": NaN}\n', "guidance_scale=nan; wanted a number"),
+    "c.jsonl": (b'{"prompt": "a", "reward": 3}\n', "reward=3; wanted a mapping"),
+    "d.jsonl": (b'{"prompt": "a", "seed": true}\n', "seed=True"),
+    "e.jsonl": (b'{"prompt": "a"}\n{"prompt\n{}\n', "line 2: no JSON .*and 1 more like it"),
+    "f.jsonl": (b"[" * 5000, "no JSON"),
+    "a.json": (b'["a"]', "entry 1: wanted an object"),
+    "b.json": (b'[{"prompt": "a"}', "no JSON"),
+    "a.parquet": (b"nothing", "this is no Parquet file"),
+    "none.parquet": (None, "No such file"),
+    "a.tar": (b"nothing", "this is no tar file"),
+    "none.tar": (None, "No such file"),
+    "b.tar": (tar_of({"1.json": b"{", "2.txt": b"a"}), "key 1: no JSON"),
+    "c.tar": (tar_of({"1.txt": b"\xff"}), "key 1: it is not UTF-8"),
+    "d.tar": (tar_of({"1.png": b"x"}), "there is no prompt in it"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FILES)
+def test_wrong_files_are_one_line(name: str, tmp_path: Path) -> None:
+    data, said = WRONG_FILES[name]
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(DiffsteerError, match=said) as error:
+        read_items(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=200), st.sampled_from([".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".tar"]))
+def test_any_file_is_prompts_or_one_clear_line(tmp_path: Path, data: bytes, suffix: str) -> None:
+    path = tmp_path / f"p{suffix}"
+    path.write_bytes(data)
+    try:
+        items = read_items(path)
+    except DiffsteerError as error:
+        assert str(error).startswith(("prompts=", str(path))) and "\n" not in str(error)
+    else:
+        assert items and all(isinstance(i.prompt, str) for i in items)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.text(min_size=1).filter(lambda t: t.strip() and "\x00" not in t and t.isprintable()), min_size=1, max_size=5)
+)
+def test_prompts_come_through_unchanged(tmp_path: Path, prompts: list[str]) -> None:
+    (tmp_path / "p.csv").write_bytes(table([["prompt"], *([p] for p in prompts)], ","))
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": p}) for p in prompts))
+    for name in ("p.csv", "p.jsonl"):
+        assert [i.prompt for i in read_items(tmp_path / name)] == prompts
+
+
+def test_a_hundred_thousand_lines(tmp_path: Path, generate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read at once, and what is there of them found at once; nothing is asked of the model for prompts that are done."""
+    count = 100_000
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"a star {i}", "id": f"i{i}"}) + "\n" for i in range(count))
+    )
+    began = time.perf_counter()
+    items = read_items(tmp_path / "p.jsonl")
+    assert len(items) == count and items[-1].name == "99999" and time.perf_counter() - began < 60
+    from diffsteer.batch import Folder, batches
+
+    made = [{"id": i.id, "prompt": i.prompt, "image": f"images/{i.name}.png", "settings": "s"} for i in items[:-2]]
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in made))
+    monkeypatch.setattr(Path, "is_file", lambda self: self.suffix == ".png" or self.exists())
+    began = time.perf_counter()
+    folder = Folder(tmp_path / "o", items, "s")
+    assert [i.id for i in folder.missing] == ["i99998", "i99999"] and time.perf_counter() - began < 60
+    assert sum(len(b) for b in batches(items, 8)) == count
+
+
+# --------------------------------------------------------------------------------------------------- runs
+
+
+def test_prompts_with_wishes_of_their_own(generate: Any, manifest: Any, tmp_path: Path) -> None:
+    """Each is as in a run of its own in which the same is asked of all; seed, size and reward among it."""
+    wishes: list[dict[str, Any]] = [
+        {},
+        {"seed": 5},
+        {"height": 16, "width": 24},
+        {"reward": {"quality": 20}},
+        {"guidance_scale": 1.5},
+    ]
+    lines = [{"id": f"n{i}", "prompt": "a star", **wish} for i, wish in enumerate(wishes)]
+    same = [[], ["seed=5"], ["call.height=16", "call.width=24"], ["reward.quality=20"], ["guidance_scale=1.5"]]
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({**line, "tag": "t"}) for line in lines))
+    fixed = ("deterministic=true", "batch=4")
+    result = generate("prompts=p.jsonl", "out=o", *fixed)
+    assert result.code == 0, result.err
+    made = {e["id"]: e for e in manifest(tmp_path / "o")}
+    assert [made[f"n{i}"].get("overrides", {}) for i in range(5)] == wishes and made["n0"]["about"] == {"tag": "t"}
+    assert made["n1"]["seed"] == 5 and made["n0"]["seed"] == 0
+    for i, options in list(enumerate(same))[1:]:
+        (tmp_path / "one.jsonl").write_text(json.dumps({"id": f"n{i}", "prompt": "a star"}))
+        assert generate("prompts=one.jsonl", f"out=o{i}", *fixed, *options).code == 0
+        (alone,) = manifest(tmp_path / f"o{i}")
+        assert alone["reward"] == made[f"n{i}"]["reward"]
+        pixels = [_pixels(tmp_path / f"o{i}" / alone["image"]), _pixels(tmp_path / "o" / made[f"n{i}"]["image"])]
+        assert pixels[0] == pixels[1]
+    again = generate("prompts=p.jsonl", "out=o", *fixed)
+    assert again.code == 0 and "5 of them were there already" in again.out
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({**line, "seed": 9}) for line in lines))
+    other = generate("prompts=p.jsonl", "out=o", *fixed)
+    assert other.code == 2 and "something else" in other.err
+
+
+def _pixels(path: Path) -> bytes:
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        return picture.tobytes()
+
+
+def test_wishes_that_cannot_be_granted_are_said_before_any_work(generate: Any, tmp_path: Path) -> None:
+    for wish, said in (({"reward": {"size": 3}}, "unknown key 'reward.size'"), ({"reward": {"quality": 300}}, "quality=300")):
+        (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps({"prompt": "b", **wish}))
+        result = generate("prompts=p.jsonl", "out=o")
+        assert result.code == 2 and said in result.err and result.err.count("\n") == 1
+        assert not (tmp_path / "o" / "manifest.jsonl").exists()
+
+
+def test_status(generate: Any, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "p.txt").write_text("a star\na ring\na cross\n")
+    assert generate("prompts=p.txt", "out=o").code == 0
+    assert command("status", "o").out.splitlines()[0] == "o: 3 of 3 prompts done"
+    manifest = (tmp_path / "o/manifest.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "o/manifest.jsonl").write_text("".join(manifest[:1]) + manifest[1][:20])
+    (tmp_path / "o/errors.jsonl").write_text(json.dumps({"id": 1, "prompt": "a ring", "error": "ValueError: odd"}) + "\n")
+    said = command("status", "o")
+    assert said.code == 1 and said.out.splitlines()[0] == "o: 1 of 3 prompts done, 1 failed, 1 to do"
+    assert "a ring" in said.out and "ValueError: odd" in said.out
+    before = {f: f.read_bytes() for f in (tmp_path / "o").iterdir() if f.is_file()}
+    command("status", "o")
+    assert {f: f.read_bytes() for f in (tmp_path / "o").iterdir() if f.is_file()} == before  # it only looks
+    for wrong, words in (("nowhere", "no folder of results"), ("p.txt", "no folder of results")):
+        result = command("status", wrong)
+        assert result.code == 2 and words in result.err and result.err.count("\n") == 1
+    assert command("status").code == 2 and command("status", "o", "o").code == 2
+
+
+# ---------------------------------------------------------------------------------------------- killed, and again
+
+ZYGOTE = """
+import json, os, signal, sys, time
+import torch
+torch.set_num_threads(1)
+import diffsteer.generate, diffsteer.samplers, diffsteer.rewards, diffusers, hydra
+from diffsteer.cli import main
+for line in sys.stdin:
+    job = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        null = os.open(os.devnull, os.O_RDWR)
+        for n in (0, 1, 2): os.dup2(null, n)
+        os._exit(main(job["argv"]))
+    began = time.monotonic()
+    if job["kill"] is not None:
+        time.sleep(job["kill"])
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    print(json.dumps({"killed": os.WIFSIGNALED(status), "code": None if os.WIFSIGNALED(status) else os.WEXITSTATUS(status),
+                      "seconds": time.monotonic() - began}), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Any]:
+    """A process that has imported everything and forks one that runs a command, which it may kill."""
+    process = subprocess.Popen([sys.executable, "-c", ZYGOTE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None and process.stdout is not None
+
+    def run(argv: list[str], kill: float | None = None) -> dict[str, Any]:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps({"argv": argv, "kill": kill}) + "\n")
+        process.stdin.flush()
+        told: dict[str, Any] = json.loads(process.stdout.readline())
+        return told
+
+    yield run
+    process.stdin.close()
+    process.wait()
+
+
+def killed_and_again(zygote: Any, toy_folder: Path, tmp_path: Path, kills: int, seed: int) -> None:
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"a star {i}", "id": i}) + "\n" for i in range(8)))
+    common = ["generate", f"model={toy_folder}", "reward=compressibility", "num_inference_steps=4", "sampler.particles=2"]
+    common += [f"prompts={tmp_path / 'p.jsonl'}", "deterministic=true", "output=all", "batch=2"]
+    whole = zygote([*common, f"out={tmp_path / 'whole'}"])
+    assert whole["code"] == 0
+    draws, survived, again = random.Random(seed), 0, [*common, f"out={tmp_path / 'o'}"]
+    for n in range(kills):
+        told = zygote(again, kill=draws.uniform(0.02, 1.0) * whole["seconds"] * (0.3 if n % 2 else 1.0))
+        survived += not told["killed"]
+    assert survived < kills
+    assert zygote(again)["code"] == 0
+    names = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*") if p.is_file())
+    left = {p.relative_to(tmp_path / "o") for p in (tmp_path / "o").rglob("*") if p.is_file()} - set(names)
+    assert all(p.name.endswith(".part") for p in left), left
+    for name in names:
+        if ".hydra" not in name.parts and name.name != "timings.jsonl":
+            assert (tmp_path / "o" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    done = [line["id"] for line in map(json.loads, (tmp_path / "o/manifest.jsonl").read_text().splitlines())]
+    assert done == list(range(8))
+
+
+def test_killed_at_random_moments_nothing_is_lost(zygote: Any, toy_folder: Path, tmp_path: Path) -> None:
+    killed_and_again(zygote, toy_folder, tmp_path, kills=5, seed=1)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments_nothing_is_lost_or_done_twice(zygote: Any, toy_folder: Path, tmp_path: Path) -> None:
+    killed_and_again(zygote, toy_folder, tmp_path, kills=20, seed=2)
