@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow test-comfy check bench clean
+.PHONY: demo test test-slow test-comfy test-browser check bench clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -20,7 +20,7 @@ demo: $(VENV)/installed  ## six prompts, plain and steered, on the embedded mode
 	$(BIN)/diffsteer generate
 
 test: $(VENV)/installed  ## everything but the slow proofs
-	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile -m "not slow and not comfy"
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile -m "not slow and not comfy and not browser"
 
 test-slow: $(VENV)/installed  ## the slow proofs
 	$(BIN)/python -m pytest -q -m slow
@@ -28,6 +28,12 @@ test-slow: $(VENV)/installed  ## the slow proofs
 test-comfy: $(VENV)/installed  ## with a real ComfyUI: DIFFSTEER_COMFYUI names a checkout, whose Python has diffsteer
 	@test -n "$(DIFFSTEER_COMFYUI)" || { echo "set DIFFSTEER_COMFYUI to a checkout of ComfyUI"; exit 2; }
 	$(BIN)/python -m pytest -q -m comfy tests/comfy
+
+test-browser: $(VENV)/installed  ## reports in a headless Chromium, which Debian's packages bring
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium; } >/dev/null 2>&1 || true
+	@if command -v chromium >/dev/null; then \
+	  $(BIN)/python -m pip install --quiet playwright && $(BIN)/python -m pytest -q -m browser tests/report; \
+	else echo "Chromium can be neither found nor installed here: the tests in a browser are left out"; fi
 
 check: $(VENV)/installed-dev  ## style, types, tests
 	$(BIN)/ruff format --check .

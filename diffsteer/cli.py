@@ -1,4 +1,4 @@
-"""The command line: ``diffsteer generate | tune | status | list | comfy``. Parsing and composing are Hydra's (`config`).
+"""The command line: ``diffsteer generate | tune | status | report | list | comfy``. Composing is Hydra's (`config`).
 
 Modules that need torch are imported when a command does, so that ``--help`` and ``--version`` answer at once.
 """
@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from diffsteer import __version__
 
@@ -28,6 +28,7 @@ USAGE = """\
 diffsteer generate [prompt=TEXT | prompts=FILE] [key=value ...]   images, steered by a reward (--help tells the keys)
 diffsteer tune tune.parameters.NAME=LOW..HIGH [key=value ...]     a sampler's parameters, searched for a reward
 diffsteer status DIR                                              how far a folder of results is
+diffsteer report DIR [OTHER] [-o FILE]                            one page to look at; two folders side by side
 diffsteer list samplers | rewards | models | schedules            what there is
 diffsteer comfy export DIR | doctor DIR | graph key=value ...     nodes for ComfyUI, and runs as graphs
 diffsteer --version"""
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> int:
     if command in ("", "--help", "-h"):
         print(USAGE)
         return OK if command else WRONG_INPUT
-    commands = {"generate": _generate, "tune": _tune, "status": _status, "list": _list, "comfy": _comfy}
+    commands = {"generate": _generate, "tune": _tune, "status": _status, "report": _report_page, "list": _list, "comfy": _comfy}
     if command not in commands:
         import difflib
 
@@ -265,6 +266,29 @@ def _status(argv: list[str]) -> int:
     for line in lines:
         print(line)
     return OK if done else FAILED
+
+
+def _report_page(argv: list[str]) -> int:
+    import argparse
+
+    from diffsteer.report import write_report
+    from diffsteer.types import DiffsteerError
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise DiffsteerError(f"report: {message}; diffsteer report DIR [OTHER] [-o FILE]")
+
+    parser = Parser(prog="diffsteer report", description="One self-contained HTML page about one or two folders of results.")
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="a folder of results, or two to be put side by side")
+    parser.add_argument("-o", "--output", type=Path, help="where the page goes; report.html in the first folder without it")
+    try:
+        told = parser.parse_args(argv)
+    except SystemExit as stop:  # --help
+        return int(stop.code or 0)
+    if len(told.folders) > 2:
+        raise DiffsteerError(f"report: {len(told.folders)} folders; one, or two side by side")
+    print(_shown(write_report(told.folders, told.output).resolve()))
+    return OK
 
 
 def _list(argv: list[str]) -> int:

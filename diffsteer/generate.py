@@ -5,33 +5,31 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from diffsteer import __version__
-from diffsteer.algebra import NOISES
-from diffsteer.batch import GRID, MANIFEST, Folder, generate
-from diffsteer.blocks import check_size
+from diffsteer.asked import check, items_of
+from diffsteer.batch import generate
 from diffsteer.calibration import calibrated, settled_scales
-from diffsteer.config import Config, as_yaml, build, settings
+from diffsteer.config import as_yaml, build, settings
 from diffsteer.draft import draft_of
 from diffsteer.families import family_of
+from diffsteer.folder import GRID, MANIFEST, Folder, paced
 from diffsteer.found import Progress
 from diffsteer.grids import check_schedule
 from diffsteer.guidance import guidance_of
-from diffsteer.media import check_video
-from diffsteer.pipeline import TRANSITIONS, check_effect, load_pipeline
-from diffsteer.prompts import Item, as_items, read_items
-from diffsteer.registry import find, nearest
+from diffsteer.leases import local_device, rank
+from diffsteer.pipeline import load_pipeline
+from diffsteer.prompts import Item
+from diffsteer.registry import find
 from diffsteer.reward import Reward
-from diffsteer.run import OUTPUTS
 from diffsteer.search_run import check_search
 from diffsteer.selection import check_inputs
 from diffsteer.shapes.models import MODELS, digest, is_embedded
@@ -47,31 +45,11 @@ from diffsteer.told import (
     rewarded,
     schedule_of,
 )
+from diffsteer.traces import SIDE
 from diffsteer.trial import Search
 from diffsteer.types import Context, DiffsteerError, Info, Sampler
 from diffsteer.work import Work, wished
 
-# What runs without a prompt: one caption a task of the shapes world.
-CAPTIONS = (
-    "a small star",
-    "a triangle and a ring",
-    "three red circles",
-    "a large purple square",
-    "a red circle left of a blue square",
-    "a yellow star and a blue ring",
-)
-# The same for clips: what holds while things move.
-CLIP_CAPTIONS = (
-    "a small star",
-    "a red circle",
-    "a large purple square",
-    "a blue ring",
-    "a green triangle",
-    "a yellow cross",
-)
-DTYPES = ("float32", "float16", "bfloat16")
-# Arguments of a call that no text stands for, or that say who is who in a batch.
-_NOT_HERE = ("latents", "callback_on_step_end", "ids", "reward_prompts", "watch", "rehearse", "generator")
 CHECKED = 1000  # prompts that are looked at before any work is done
 SCALES = "scales.json"  # of a reward's z-scores, as they were measured
 PLAIN = "plain"  # the folder, inside the one of the demonstration, of what is not steered
@@ -88,6 +66,8 @@ def generate_folder(config: DictConfig, out: Path, shown: str) -> None:
     """
     demo = check(config)
     items = items_of(config)
+    if rank()[1] > 1 and not any(o.startswith("out=") for o in HydraConfig.get().overrides.task):
+        raise DiffsteerError(f"{rank()[1]} processes work on one folder: give out=DIR")
     sampler = build("sampler", config.sampler)
     for item in {item.asked: item for item in items if "reward" in item.overrides}.values():
         wished(config, item)
@@ -98,12 +78,13 @@ def generate_folder(config: DictConfig, out: Path, shown: str) -> None:
     holdouts = holdouts_told(config, [item.prompt for item in items])
     check_network(config, sampler)
     check_schedule(build("schedule", config.schedule), sampler is not None, config.transition)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = config.device or local_device()
     own = {"weights": digest(config.model.path)} if config.model.path in MODELS else {}
     told, digested = settings(config, device=device.partition(":")[0], **own)
 
     def made(path: Path, method: Sampler | None) -> tuple[Folder, Sampler | None]:
-        return Folder(path, items, digested, texts=partial(_texts, config, told, method, reward), video=config.video), method
+        texts = partial(_texts, config, told, method, reward)
+        return Folder(path, items, digested, texts=texts, video=config.video, report=config.report), method
 
     runs = {"steered" if sampler else PLAIN: made(out, sampler)}
     folder = runs["steered" if sampler else PLAIN][0]
@@ -124,14 +105,15 @@ def generate_folder(config: DictConfig, out: Path, shown: str) -> None:
     for f, method in runs.values():
         steers = method is sampler  # the other of a demonstration is plain
         objects: dict[str, Any] = {"guide": guide, "start": start, "budget": budget, "draft": draft} if steers else {}
-        objects["holdout"] = holdouts
+        objects |= {"holdout": holdouts, "looks": SIDE if any(item.index < config.report for item in f.missing) else 0}
         _fill(f, config, pipe, method, reward, schedule=schedule, **objects)
     if demo:
         _show_demo({name: f for name, (f, _) in runs.items()})
     before = f"; {kept} of them were there already" if kept else ""
     kind = Path(folder.entries[items[0].id]["image"]).parts[0].removesuffix("s")
     sheets = f", {GRID}" if kind != "sound" else ""
-    print(f"{len(items)} {kind}{'s' * (len(items) > 1)}{sheets} and {MANIFEST} in {shown}{before}")
+    if rank()[0] == 0:
+        print(f"{len(items)} {kind}{'s' * (len(items) > 1)}{sheets} and {MANIFEST} in {shown}{before}")
 
 
 def scaled_reward(reward: Reward, config: DictConfig, pipe: Any, prompts: list[str], out: Path, settings_hash: str) -> Reward:
@@ -146,79 +128,6 @@ def scaled_reward(reward: Reward, config: DictConfig, pipe: Any, prompts: list[s
         return calibrated(reward, pipe, prompts, seed=config.seed, **call)
 
     return settled_scales(reward, out / SCALES, settings_hash, measure)
-
-
-def check(config: DictConfig, prompted: bool = False) -> bool:
-    """Refuse what Hydra's types let through. Is this the demonstration, no prompt being given?
-
-    Args:
-        prompted: prompts are somebody else's matter.
-
-    Raises:
-        DiffsteerError: with the key.
-    """
-    valid = [f.name for f in fields(Config)]
-    for key in config:
-        if key not in valid:
-            raise DiffsteerError(f"unknown key {key!r}{nearest(str(key), valid)}")
-    choices = (("output", OUTPUTS), ("model.dtype", DTYPES), ("transition", TRANSITIONS), ("noise", NOISES))
-    for key, allowed in choices:
-        value = OmegaConf.select(config, key)
-        if value not in allowed:
-            raise DiffsteerError(f"{key}={value} is unknown{nearest(str(value), allowed)}")
-    check_video(config.video)
-    if not 0 <= config.seed < 2**63:
-        raise DiffsteerError(f"seed={config.seed}; it lies in [0, 2^63)")
-    if config.device is not None:
-        try:
-            torch.zeros(1, device=config.device).cpu()  # "meta" makes tensors that hold nothing
-        except RuntimeError as error:
-            raise DiffsteerError(f"device={config.device}: {str(error).splitlines()[0]}") from error
-    if config.decoder not in ("full", "tiny") and not config.decoder.startswith("tiny:"):
-        raise DiffsteerError(
-            f"decoder={config.decoder}; valid: full, tiny, tiny:PATH (images are made, so that none is no choice)"
-        )
-    if config.decoder == "tiny" and config.model.path in MODELS:
-        raise DiffsteerError(f"model={config.model.path} has no tiny decoder: give decoder=tiny:PATH, or decoder=full")
-    check_effect(config.transition, config.noise, config.sampler.get("name") != "none")
-    if isinstance(config.chunk, bool | float | DictConfig | ListConfig):
-        raise DiffsteerError(f'chunk={config.chunk}; a number of rows, at least 1, or "auto"')
-    check_size(config.chunk, config.deterministic)
-    for key in ("batch", "num_inference_steps"):
-        if config[key] is not None and config[key] < 1:
-            raise DiffsteerError(f"{key}={config[key]}; at least 1 is needed")
-    if config.guidance_scale is not None and not math.isfinite(config.guidance_scale):
-        raise DiffsteerError(f"guidance_scale={config.guidance_scale}; it must be finite")
-    if config.prompt is not None and config.prompts is not None:
-        raise DiffsteerError("give prompt= or prompts=, not both")
-    for key in config.call:
-        if key in valid or key in _NOT_HERE:
-            instead = f": give {key}=" if key in valid else " on the command line"
-            raise DiffsteerError(f"call.{key} cannot be given{instead}")
-    for key in ("sigmas", "timesteps"):
-        values = config[key]
-        if values is not None and not (isinstance(values, ListConfig) and all(type(v) in (int, float) for v in values)):
-            raise DiffsteerError(f"{key}={values}; wanted numbers that fall, such as {key}=[...]")
-    demo = config.prompt is None and config.prompts is None
-    if demo and not prompted and config.model.path not in MODELS:
-        raise DiffsteerError(f"model={config.model.path} needs prompts: give prompt=TEXT or prompts=FILE")
-    return demo
-
-
-def items_of(config: DictConfig) -> list[Item]:
-    if config.prompts is not None:
-        items = read_items(config.prompts)
-    else:
-        captions = CLIP_CAPTIONS if config.model.path == "shapes-motion" else CAPTIONS
-        items = as_items(captions if config.prompt is None else [config.prompt])
-    for item in items:
-        try:
-            f"{item.id}{item.prompt}".encode()
-        except UnicodeEncodeError as error:
-            raise DiffsteerError(
-                f"prompt {item.id!r} is not Unicode text ({error.reason} at character {error.start})"
-            ) from error
-    return items
 
 
 def _texts(
@@ -300,12 +209,14 @@ def _fill(folder: Folder, config: DictConfig, pipe: Any, sampler: Sampler | None
     if timed:
         most = "" if config.budget.evals is None else f", {config.budget.evals} evaluations at most"
         what = f"as many drafts and samples as {config.budget.seconds:g} s pay for{most}"
-    print(f"{prompts} prompt{'s' * (prompts > 1)}, {name}: {what}", flush=True)
+    first = rank()[0] == 0  # of several processes one talks
+    if first:
+        print(f"{prompts} prompt{'s' * (prompts > 1)}, {name}: {what}", flush=True)
     events = None if searches else prompts if hasattr(sampler, "guidance") else (cost.decodes + cost.tiny_decodes) // particles
     with tqdm(
         total=None if timed else cost.evaluations if searches else events,
         unit="evaluation" if searches else "event",
-        disable=None,
+        disable=None if first else True,
     ) as bar:
         seen = [0]
 
@@ -328,6 +239,9 @@ def _fill(folder: Folder, config: DictConfig, pipe: Any, sampler: Sampler | None
             batch=config.batch if sampler is not None else 1,
             done=bar.update if sampler is None else None,
         )
+    pace = paced(folder.timings)
+    if first and pace is not None:
+        print(f"{pace[0]:.3g} prompts a second, {pace[1]:.0%} of the time outside the denoiser")
 
 
 def _show_demo(folders: dict[str, Folder]) -> None:

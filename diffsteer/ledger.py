@@ -8,7 +8,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import psutil
 import torch
 
 
@@ -105,5 +104,7 @@ def _high_water() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     except (OSError, StopIteration):
+        import psutil
+
         now = psutil.Process().memory_info()
         return int(getattr(now, "peak_wset", now.rss))

@@ -45,6 +45,17 @@ def picture_of(image: Tensor) -> Image.Image:
     return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
 
 
+def small(samples: Tensor, side: int) -> Tensor | None:
+    """Pictures (N, 3, H, W) in [0, 1], or the middle frames of clips (N, F, 3, H, W), no longer than `side`, as bytes
+    (N, 3, h, w). None of what is neither."""
+    x = samples[:, samples.shape[1] // 2] if samples.ndim == 5 else samples
+    if x.ndim != 4 or x.shape[1] != 3:
+        return None
+    shrink = max(1.0, max(x.shape[-2:]) / side)
+    size = [max(1, round(n / shrink)) for n in x.shape[-2:]]
+    return (interpolate(x.detach().float(), size, mode="area") * 255).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
 def save(made: Any, path: Path, texts: Mapping[str, str] | None = None) -> None:
     """Write a picture, a video or a sound; a WAV has 16 bits, an MP4 H.264.
 

@@ -15,17 +15,14 @@ from diffsteer.budget import Budget
 from diffsteer.callable import CallableModel, CallableSession
 from diffsteer.control import check_noise
 from diffsteer.draft import Draft, draft_of, on_grid
-from diffsteer.forecast import forecast
 from diffsteer.grids import check_schedule, explicit
 from diffsteer.guidance import guidance_of
 from diffsteer.holdout import holdouts_of
 from diffsteer.ledger import Ledger
 from diffsteer.loading import load_pipeline as load_pipeline
-from diffsteer.plain import run_plain
 from diffsteer.reward import Reward, RewardFunction, as_reward, check_gradient
 from diffsteer.run import OUTPUTS, SteeredOutput, run
 from diffsteer.schedules import Given, Schedule, as_schedule
-from diffsteer.search_run import check_search, run_search
 from diffsteer.start import NoiseTransform
 from diffsteer.trial import Search
 from diffsteer.types import DiffsteerError, Info, Sampler, check_numbers
@@ -75,6 +72,7 @@ class SteeredPipeline:
         start: what is done to the first noise, such as `diffsteer.start.ReferenceNoise`.
         budget: what a search may spend; without one it spends what its own parameters say.
         draft: of a search: what it runs on before the best few are made in full; None is the search's own default, False none.
+        looks: keep small pictures of what the reward is shown at each event, of at most so many pixels a side: `Trace.looks`.
         schedule: where to put the steps, of `diffsteer.schedules` or falling ratios sigma / alpha, in the place of the
             pipeline's own grid. All steps are then diffsteer's transition, with eta = 0 too (first order).
     """
@@ -99,6 +97,7 @@ class SteeredPipeline:
         schedule: Schedule | Sequence[float] | None = None,
         budget: Budget | None = None,
         draft: Draft | bool | None = None,
+        looks: int = 0,
     ) -> None:
         check_noise(noise)
         if transition not in TRANSITIONS:
@@ -123,12 +122,14 @@ class SteeredPipeline:
         check_size(chunk, deterministic)
         self.schedule = as_schedule(schedule)
         check_schedule(self.schedule, sampler is not None, transition)
-        self.transition, self.noise = transition, noise
+        self.transition, self.noise, self.looks = transition, noise, looks
         self.guide, self.start = guidance_of(guide, sampler), start
         self.budget, self.draft = budget, None
         if isinstance(sampler, Search):
             if transition == "native":
                 raise DiffsteerError(f"{sampler.name} goes with no solver that draws noise of its own: leave transition out")
+            from diffsteer.search_run import check_search
+
             self.draft = draft_of(draft, sampler)
             self.reward = check_search(sampler, self.reward, self.guide, self.draft)
         elif budget is not None or draft:
@@ -198,6 +199,8 @@ class SteeredPipeline:
         options: dict[str, Any] = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
         if self.sampler is None:
             stream = torch.Generator("cpu").manual_seed(key) if generator is None else generator
+            from diffsteer.plain import run_plain
+
             return run_plain(self, prompts, asked, stream, negative_prompt, latents, options | call)
         keys: dict[str, Any] = {
             "particles": self.sampler.particles,
@@ -225,7 +228,7 @@ class SteeredPipeline:
                 raise DiffsteerError(f"a CallableModel takes no argument {extra[0]!r}")
             session: Session = CallableSession(self.pipe, prompts, **options, **keys)
             session.start = self.start
-            toy = (self.output, self.choice, asked, None, watch, self.guide, self.holdouts)
+            toy = (self.output, self.choice, asked, None, watch, self.guide, self.holdouts, self.looks)
             return run(session, self.sampler, self.reward, *toy)
         from diffsteer.backend import DiffusersSession
         from diffsteer.pipes import as_images
@@ -243,7 +246,7 @@ class SteeredPipeline:
             **keys,
         )
         to_images = partial(as_images, self.pipe)
-        how = (self.output, self.choice, asked, to_images, watch, self.guide, self.holdouts)
+        how = (self.output, self.choice, asked, to_images, watch, self.guide, self.holdouts, self.looks)
         return run(session, self.sampler, self.reward, *how)
 
     def estimate(
@@ -262,6 +265,8 @@ class SteeredPipeline:
             rehearse: a prompt to run two steps with, as often as fits a block of rows, which tells seconds and memory as well;
                 without it they stay empty.
         """
+        from diffsteer.forecast import forecast
+
         return forecast(self, prompts, num_inference_steps, rehearse, call)
 
     def _searched(
@@ -276,6 +281,8 @@ class SteeredPipeline:
         watch: Callable[..., None] | None,
     ) -> SteeredOutput:
         """A search, over sessions of its own."""
+        from diffsteer.search_run import run_search
+
         search, reward = self.sampler, self.reward
         assert isinstance(search, Search) and reward is not None
         if latents is not None:

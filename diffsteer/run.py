@@ -143,6 +143,7 @@ def run(
     watch: Callable[[Info], None] | None = None,
     guide: Guidance | None = None,
     holdouts: Mapping[str, Reward] | None = None,
+    looks: int = 0,
 ) -> SteeredOutput:
     """Carry all rows from noise to clean, selecting at the sampler's events.
 
@@ -153,7 +154,7 @@ def run(
         to_images: from samples (N, ...) to PIL images.
         watch: called with each event's `Info`.
         guide: moves the rows by the gradient of `reward`, on their way; default: the sampler's own, if it has one.
-        holdouts: rewards that look on, by name.
+        holdouts: rewards that look on, by name. looks: keep small pictures of what the reward is shown, of so many pixels.
 
     Raises:
         DiffsteerError: an unknown `output`, or what the reward refuses.
@@ -169,7 +170,7 @@ def run(
         if r is not None:
             prepare(r, texts, Context(0, session.steps, session.embedded))
     problem = Problem(len(session.prompts), session.steps, session.last_noise, session.seed, session.ids)
-    scorer = Scorer(reward, session.decoder, texts, ledger, session.embedded, session.cut, session.tiny_decoder, aside)
+    scorer = Scorer(reward, session.decoder, texts, ledger, session.embedded, session.cut, session.tiny_decoder, aside, looks)
     select = Selection(sampler, problem, scorer, watch)
     guide = guide or getattr(sampler, "guidance", None)
     timing = timing_of(sampler, guide)

@@ -12,6 +12,7 @@ from diffsteer.blocks import Blocks
 from diffsteer.holdout import nothing, selected
 from diffsteer.judging import Duel, RankEnsemble
 from diffsteer.ledger import Ledger
+from diffsteer.media import small
 from diffsteer.particles import reindex
 from diffsteer.reward import Reward, leaves, scores_images
 from diffsteer.rng import generator
@@ -52,6 +53,8 @@ class Scorer:
         prompts: one a group. embedded: see `Context`.
         cut: how rows are cut into blocks.
         aside: rewards that are told of all that the scorer's own one is asked about; `aside_scores` (P, K) are the latest.
+        looks: keep what the reward was shown as bytes (P, K, 3, h, w), no longer than so many pixels: `seen`, the latest; 0
+            keeps nothing.
     """
 
     aside_scores: dict[str, Tensor]
@@ -66,7 +69,10 @@ class Scorer:
         cut: Blocks | None = None,
         tiny: Decode | None = None,
         aside: Mapping[str, Reward] | None = None,
+        looks: int = 0,
     ) -> None:
+        self.looks, self._looks = looks, list[Tensor]()
+        self.seen: Tensor | None = None
         self.aside, self.aside_scores = dict(aside or {}), {}
         self._aside: dict[str, list[Tensor]] = {}
         self.reward, self.decode_block, self.prompts, self.ledger = reward, decode, list(prompts), ledger
@@ -91,6 +97,9 @@ class Scorer:
 
     def _grouped(self, scores: Tensor, reward: Reward | None) -> Tensor:
         """Scores (P * K,) as (P, K); of an ensemble of ranks its rewards' (P * K, R), ranked within each group."""
+        if self._looks:
+            seen = torch.cat(self._looks)
+            self.seen, self._looks = seen.view(len(self.prompts), -1, *seen.shape[1:]), []
         if self._aside:
             self.aside_scores = {n: torch.cat(parts).view(len(self.prompts), -1) for n, parts in self._aside.items()}
             self._aside = {}
@@ -116,6 +125,8 @@ class Scorer:
         own, reward, real = reward is None, reward or self.reward, len(set(rows))
         each = count // len(self.prompts)
         ctx, texts = Context(done, steps, self.embedded), [self.prompts[i // each] for i in rows]
+        if own and self.looks and (shown := small(samples[:real], self.looks)) is not None:
+            self._looks.append(shown)
         if own and self.aside:
             with self.ledger.timed("held-out"), torch.no_grad():
                 for name, r in self.aside.items():
@@ -145,6 +156,7 @@ class Selection:
         """Forget what was selected."""
         self.state: Any = self.sampler.init(self.problem)
         self.infos: list[Info] = []
+        self.looks: list[Tensor] = []
         self.samples: Tensor | None = None  # of the end
         self.moved: Tensor | None = None  # the ancestors of the last event, where anyone was replaced
         self.selected = nothing(self.problem.groups)  # what the resamplings did to the reward
@@ -153,7 +165,7 @@ class Selection:
     @property
     def trace(self) -> Trace:
         """The events so far."""
-        return Trace(tuple(self.infos))
+        return Trace(tuple(self.infos), looks=tuple(self.looks))
 
     def __call__(self, done: int, x: Tensor, x0: Tensor, log_ratio: Tensor | None = None) -> Tensor:
         """Select at an event. x, x0: (P * K, ...), the states and the clean estimates; log_ratio: see `Step`. Returns the
@@ -167,6 +179,8 @@ class Selection:
         with self.scorer.ledger.timed("select"):
             self.state, info = self.sampler.apply(self.state, Step(done, final, rewards, log_ratio))
             self.infos.append(info)
+            if self.scorer.seen is not None:
+                self.looks.append(self.scorer.seen)
             self.moved = info.ancestors if bool(info.resampled.any()) else None
             if self.moved is not None:
                 self.note(rewards, self.moved)

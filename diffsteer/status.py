@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from diffsteer.batch import ERRORS, MANIFEST, RUN, TIMINGS
+from diffsteer.folder import ERRORS, MANIFEST, RUN, TIMINGS, paced
 from diffsteer.types import DiffsteerError
 
 SHOWN = 10  # failed prompts that are shown
@@ -22,15 +22,15 @@ def status(folder: str | Path) -> tuple[list[str], bool]:
     path = Path(folder)
     if not (path / RUN).is_file() and not (path / MANIFEST).is_file():
         raise DiffsteerError(f"{folder} is no folder of results: it has neither {RUN} nor {MANIFEST}")
-    done = {e["id"] for e in _lines(path / MANIFEST) if (path / e["image"]).is_file()}
-    failed = {e["id"]: e for e in _lines(path / ERRORS) if e["id"] not in done}
+    done = {e["id"] for e in lines_of(path / MANIFEST) if (path / e["image"]).is_file()}
+    failed = {e["id"]: e for e in lines_of(path / ERRORS) if e["id"] not in done}
     prompts = _prompts(path / RUN) or len(done) + len(failed)
     missing = max(0, prompts - len(done) - len(failed))
     parts = [f"{len(done)} of {prompts} prompts done"]
     parts += [f"{len(failed)} failed"] if failed else []
     parts += [f"{missing} to do"] if missing else []
     lines = [f"{folder}: {', '.join(parts)}"]
-    pace = paced([t["seconds"] | {"prompts": len(t["ids"])} for t in _lines(path / TIMINGS)])
+    pace = paced(list(lines_of(path / TIMINGS)))
     if pace is not None:
         rate, outside = pace
         left = f"; what is left takes about {_duration((missing + len(failed)) / rate)}" if missing + len(failed) else ""
@@ -40,16 +40,7 @@ def status(folder: str | Path) -> tuple[list[str], bool]:
     return lines, not missing and not failed
 
 
-def paced(timings: list[dict[str, float]]) -> tuple[float, float] | None:
-    """Prompts a second, and the share of the time outside the denoiser, over some calls; None where none was timed."""
-    total = sum(t.get("total", 0.0) for t in timings)
-    if total <= 0:
-        return None
-    inside = sum(t.get("denoiser", 0.0) for t in timings)
-    return sum(t["prompts"] for t in timings) / total, max(0.0, 1 - inside / total)
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def lines_of(path: Path) -> Iterator[dict[str, Any]]:
     """The whole lines of a file that are objects; one that is being written is passed over."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     for line in text.rpartition("\n")[0].splitlines():

@@ -16,10 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from diffsteer import __version__
-from diffsteer.batch import MANIFEST, finite
+from diffsteer.asked import check, items_of
 from diffsteer.config import build, named, schema, settings
 from diffsteer.fingerprint import fingerprints
-from diffsteer.generate import check, items_of, load, scaled_reward, snapshot
+from diffsteer.folder import MANIFEST, finite
+from diffsteer.generate import load, scaled_reward, snapshot
 from diffsteer.grids import check_schedule
 from diffsteer.guidance import guidance_of
 from diffsteer.ledger import Ledger

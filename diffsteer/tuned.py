@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from diffsteer.batch import append, cut_unfinished, finite, replacing
+from diffsteer.folder import append, cut_unfinished, finite, replacing
 from diffsteer.prompts import Item
 from diffsteer.tuning import FAILED, PLAIN, Measured, Trial, best_of
 from diffsteer.types import DiffsteerError

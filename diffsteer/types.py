@@ -157,11 +157,13 @@ class Context:
 @dataclass(frozen=True)
 class Trace:
     """The record of a run: one `Info` an event, in order; of time-shift also a `diffsteer.timing.Shift` a step that it
-    looked at; of a search a `diffsteer.found.Found` a prompt, and no events."""
+    looked at; of a search a `diffsteer.found.Found` a prompt, and no events. `looks`, where they were asked for, are what the
+    reward was shown at each event: bytes (P, K, 3, h, w)."""
 
     events: tuple[Info, ...] = field(default=())
     shifts: tuple[Any, ...] = field(default=())
     searches: tuple[Any, ...] = field(default=())
+    looks: tuple[Tensor, ...] = field(default=())
 
     @property
     def ancestors(self) -> list[Tensor]:

@@ -10,8 +10,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from diffsteer import rng
-from diffsteer.batch import batches
 from diffsteer.config import EXPRESSION, build
+from diffsteer.folder import batches
 from diffsteer.ledger import Ledger
 from diffsteer.pipeline import SteeredPipeline
 from diffsteer.prompts import Item

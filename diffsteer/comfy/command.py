@@ -58,9 +58,9 @@ def _doctor(argv: list[str]) -> int:
 
 
 def _graph(argv: list[str]) -> int:
+    from diffsteer.asked import check
     from diffsteer.comfy.of_run import graph_of
     from diffsteer.config import build
-    from diffsteer.generate import check
 
     parser = _Parser(prog="comfy graph", add_help=False, allow_abbrev=False)
     parser.add_argument("-o", dest="file")

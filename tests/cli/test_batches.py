@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import random
 import subprocess
 import sys
@@ -12,12 +13,14 @@ import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from diffsteer.leases import Leases
 from diffsteer.prompts import OVERRIDES, Item, read_items
 from diffsteer.types import DiffsteerError
 
@@ -171,7 +174,7 @@ def test_a_hundred_thousand_lines(tmp_path: Path, generate: Any, monkeypatch: py
     began = time.perf_counter()
     items = read_items(tmp_path / "p.jsonl")
     assert len(items) == count and items[-1].name == "99999" and time.perf_counter() - began < 60
-    from diffsteer.batch import Folder, batches
+    from diffsteer.folder import Folder, batches
 
     made = [{"id": i.id, "prompt": i.prompt, "image": f"images/{i.name}.png", "settings": "s"} for i in items[:-2]]
     (tmp_path / "o").mkdir()
@@ -295,10 +298,23 @@ def zygote() -> Iterator[Any]:
     process.wait()
 
 
-def killed_and_again(zygote: Any, toy_folder: Path, tmp_path: Path, kills: int, seed: int) -> None:
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"a star {i}", "id": i}) + "\n" for i in range(8)))
+def asked(toy_folder: Path, tmp_path: Path, prompts: int) -> list[str]:
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"a star {i}", "id": i}) + "\n" for i in range(prompts)))
     common = ["generate", f"model={toy_folder}", "reward=compressibility", "num_inference_steps=4", "sampler.particles=2"]
-    common += [f"prompts={tmp_path / 'p.jsonl'}", "deterministic=true", "output=all", "batch=2"]
+    return [*common, f"prompts={tmp_path / 'p.jsonl'}", "deterministic=true", "output=all"]
+
+
+def same_but_for_times(folder: Path, whole: Path) -> None:
+    names = sorted(p.relative_to(whole) for p in whole.rglob("*") if p.is_file())
+    left = {p.relative_to(folder) for p in folder.rglob("*") if p.is_file()} - set(names)
+    assert all(p.name.endswith(".part") or p.parts[0] == ".leases" for p in left), left
+    for name in names:
+        if ".hydra" not in name.parts and name.name != "timings.jsonl" and name.parts[0] != ".leases":
+            assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def killed_and_again(zygote: Any, toy_folder: Path, tmp_path: Path, kills: int, seed: int) -> None:
+    common = [*asked(toy_folder, tmp_path, 8), "batch=2"]
     whole = zygote([*common, f"out={tmp_path / 'whole'}"])
     assert whole["code"] == 0
     draws, survived, again = random.Random(seed), 0, [*common, f"out={tmp_path / 'o'}"]
@@ -307,12 +323,7 @@ def killed_and_again(zygote: Any, toy_folder: Path, tmp_path: Path, kills: int, 
         survived += not told["killed"]
     assert survived < kills
     assert zygote(again)["code"] == 0
-    names = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*") if p.is_file())
-    left = {p.relative_to(tmp_path / "o") for p in (tmp_path / "o").rglob("*") if p.is_file()} - set(names)
-    assert all(p.name.endswith(".part") for p in left), left
-    for name in names:
-        if ".hydra" not in name.parts and name.name != "timings.jsonl":
-            assert (tmp_path / "o" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    same_but_for_times(tmp_path / "o", tmp_path / "whole")
     done = [line["id"] for line in map(json.loads, (tmp_path / "o/manifest.jsonl").read_text().splitlines())]
     assert done == list(range(8))
 
@@ -324,3 +335,89 @@ def test_killed_at_random_moments_nothing_is_lost(zygote: Any, toy_folder: Path,
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments_nothing_is_lost_or_done_twice(zygote: Any, toy_folder: Path, tmp_path: Path) -> None:
     killed_and_again(zygote, toy_folder, tmp_path, kills=20, seed=2)
+
+
+# --------------------------------------------------------------------------------------------- several processes
+
+
+def rows(n: int) -> list[Item]:
+    return [Item(i, i, f"a star {i}") for i in range(n)]
+
+
+def test_leases_are_anybodys_once_their_holder_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = Leases(tmp_path), Leases(tmp_path)
+    items = rows(4)
+    assert one.claim(items[:2]) == items[:2] and other.claim(items) == items[2:]  # of one process, which lives
+    assert one.others() and other.others()
+    one.release(items[:2])
+    assert other.claim(items[:2]) == items[:2] and not other.others()
+    lease = tmp_path / ".leases" / "0.json"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for holder, taken in (
+        (one.me | {"pid": dead.pid}, False),
+        (one.me | {"born": 0.0}, False),  # another process has its number by now
+        (one.me | {"host": "elsewhere", "pid": 1}, True),  # nobody can tell: it runs out with time
+        ({"host": one.me["host"]}, False),
+        ([], False),
+    ):
+        lease.write_text(json.dumps(holder))
+        assert (Leases(tmp_path).claim(items[:1]) == []) == taken, holder
+    lease.write_text("")  # killed while it was written
+    assert Leases(tmp_path).claim(items[:1]) == items[:1]
+    lease.write_text(json.dumps(one.me | {"host": "elsewhere"}))
+    os.utime(lease, (time.time() - 1000, time.time() - 1000))
+    assert Leases(tmp_path).claim(items[:1]) == items[:1]
+
+
+def test_leases_are_renewed_and_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffsteer.leases.BEAT", 0.05)
+    leases = Leases(tmp_path)
+    lease = tmp_path / ".leases" / "0.json"
+    with leases.renewing():
+        leases.claim(rows(1))
+        os.utime(lease, (0, 0))
+        waited = time.monotonic()
+        while lease.stat().st_mtime < 10 and time.monotonic() - waited < 20:
+            time.sleep(0.02)
+        assert lease.stat().st_mtime > 10
+    assert not lease.exists()
+
+
+def test_two_processes_share_a_folder_and_one_of_them_is_killed(toy_folder: Path, tmp_path: Path) -> None:
+    """Nothing is done twice, and what the dead one had is done by the other, which did not wait for it before."""
+    command = [sys.executable, "-m", "diffsteer", *asked(toy_folder, tmp_path, 12)]
+    once = subprocess.run([*command, f"out={tmp_path / 'whole'}"], capture_output=True, text=True)
+    assert once.returncode == 0, once.stderr
+    out = tmp_path / "o"
+    env = os.environ | {"WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [*command, f"out={out}"], env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=PIPE, stderr=PIPE, text=True
+        )
+        for r in range(2)
+    ]
+    began = time.monotonic()
+    while len(done_in(out)) < 3 and time.monotonic() - began < 300:
+        time.sleep(0.02)
+    ranks[1].kill()
+    told, wrong = ranks[0].communicate()
+    silent, _ = ranks[1].communicate()
+    assert ranks[0].returncode == 0, wrong
+    assert silent == "" and "12 images" in told  # one of them talks
+    same_but_for_times(out, tmp_path / "whole")
+    timed = [i for t in map(json.loads, (out / "timings.jsonl").read_text().splitlines()) for i in t["ids"]]
+    assert sorted(timed) == list(range(12))  # each once
+    assert [p.name for p in (out / ".leases").iterdir() if p.suffix == ".json"] in ([], *[[f"{i}.json"] for i in range(12)])
+
+
+def done_in(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "manifest.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.rpartition("\n")[0].splitlines()]
+
+
+def test_several_processes_want_a_folder(generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = generate("prompt=a star")
+    assert result.code == 2 and result.err == "diffsteer: 2 processes work on one folder: give out=DIR\n"

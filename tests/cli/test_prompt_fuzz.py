@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from diffsteer.batch import Folder
 from diffsteer.config import as_yaml, register_schemas
+from diffsteer.folder import Folder
 from diffsteer.overrides import for_hydra
 from diffsteer.prompts import as_items
 

@@ -115,7 +115,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(
         save(made, path, texts)
 
     with monkeypatch.context() as patch:
-        patch.setattr("diffsteer.batch.media.save", full)
+        patch.setattr("diffsteer.folder.media.save", full)
         stopped = generate(prompts, "out=o", "deterministic=true")
     assert stopped.code == 1 and "No space left on device" in stopped.err and stopped.err.count("\n") == 1
     assert [e["prompt"] for e in manifest(tmp_path / "o")] == ["a red star"]

@@ -45,7 +45,7 @@ def test_every_file_once(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert len(names) == len(set(names))
     inside = {n for n in names if not n.split("/")[0].endswith(".dist-info")}
-    wanted = tracked(".py", ".yaml", ".safetensors", ".json", ".typed") | {"diffsteer/shapes/weights/README.md"}
+    wanted = tracked(".py", ".yaml", ".safetensors", ".json", ".typed", ".css", ".js") | {"diffsteer/shapes/weights/README.md"}
     assert inside == wanted, (sorted(wanted - inside), sorted(inside - wanted))
     assert wheel.stat().st_size < 17_000_000
 

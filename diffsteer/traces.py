@@ -1,0 +1,77 @@
+"""What becomes of a prompt's particles on their way, as files: numbers of every event, and one picture of all that was seen."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from diffsteer.run import SteeredOutput
+
+FOLDER = "trace"
+SIDE = 96  # pixels of a small picture, at most
+
+
+def write_trace(folder: Path, name: str, out: SteeredOutput, p: int) -> None:
+    """Write ``trace/NAME.json`` and, where looks were kept, ``trace/NAME.png``: a row an event, a column a particle. Nothing of
+    a run without events."""
+    if not out.trace.events:
+        return
+    (folder / FOLDER).mkdir(exist_ok=True)
+    events = [
+        {
+            "done": e.done,
+            "rewards": _finite(e.rewards[p]),
+            "log_weights": _finite(e.log_weights[p]),
+            "ess": _finite(e.ess[p : p + 1])[0],
+            "ancestors": e.ancestors[p].tolist(),
+            "resampled": bool(e.resampled[p]),
+            "exponent": _finite(e.exponent[p : p + 1])[0],
+        }
+        for e in out.trace.events
+    ]
+    looks = [seen[p] for seen in out.trace.looks]
+    told: dict[str, Any] = {"steps": events[-1]["done"], "chosen": int(out.chosen[p]), "events": events}
+    if looks:
+        told["look"] = [looks[0].shape[-1], looks[0].shape[-2]]
+        part = folder / FOLDER / f".{name}.png.part"
+        _sprite(looks).save(part, format="PNG")
+        part.replace(folder / FOLDER / f"{name}.png")
+    part = folder / FOLDER / f".{name}.json.part"
+    part.write_text(json.dumps(told, allow_nan=False))
+    part.replace(folder / FOLDER / f"{name}.json")
+
+
+def read_trace(folder: Path, name: str) -> tuple[dict[str, Any] | None, Image.Image | None]:
+    """What `write_trace` wrote; None where there is nothing, or nothing whole."""
+    from PIL import Image
+
+    try:
+        told: dict[str, Any] = json.loads((folder / FOLDER / f"{name}.json").read_text())
+        told["events"], told["chosen"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, None
+    try:
+        with Image.open(folder / FOLDER / f"{name}.png") as picture:
+            return told, picture.convert("RGB")
+    except (OSError, ValueError):
+        return told, None
+
+
+def _sprite(looks: list[Tensor]) -> Image.Image:
+    """Bytes (K, 3, h, w) an event, as one picture."""
+    import torch
+    from PIL import Image
+
+    rows = [torch.cat(list(seen), -1) for seen in looks]  # (3, h, K w)
+    return Image.fromarray(torch.cat(rows, 1).permute(1, 2, 0).numpy())
+
+
+def _finite(values: Tensor) -> list[float | None]:
+    return [v if math.isfinite(v) else None for v in values.tolist()]
