@@ -17,6 +17,7 @@ from diffsteer.prompts import Item, as_items, read_items
 from diffsteer.registry import nearest
 from diffsteer.run import OUTPUTS
 from diffsteer.shapes.models import MODELS
+from diffsteer.sinks import check_sinks
 from diffsteer.types import DiffsteerError
 
 # What runs without a prompt: one caption a task of the shapes world.
@@ -83,6 +84,7 @@ def check(config: DictConfig, prompted: bool = False) -> bool:
             raise DiffsteerError(f"{key}={config[key]}; at least 1 is needed")
     if config.guidance_scale is not None and not math.isfinite(config.guidance_scale):
         raise DiffsteerError(f"guidance_scale={config.guidance_scale}; it must be finite")
+    check_sinks(list(config.sinks))
     if config.report < 0:
         raise DiffsteerError(f"report={config.report}; a number of prompts, 0 for none")
     if config.prompt is not None and config.prompts is not None:

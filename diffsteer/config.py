@@ -30,7 +30,7 @@ EXPRESSION = "expression"  # the option of reward= that stands for a text such a
 GROUPS = ("sampler", "reward")  # of the registry, that can be configured
 _WITH_FILES = ("model", "reward", "decoder", "reference", "draft", "noise_network", "holdout")  # keys that may name some
 # Keys that do not change what a prompt's result is. `chunk` does in a deterministic run, where every block has that size.
-_WITHOUT_EFFECT = ("prompt", "prompts", "out", "batch", "report")
+_WITHOUT_EFFECT = ("prompt", "prompts", "out", "batch", "report", "sinks")
 
 
 @dataclass
@@ -93,6 +93,7 @@ class Config:
             file of `scripts/train_noise.py`.
         holdout: a reward, or a list of them, that looks on and never steers; "checker" reads the shapes world.
         report: of so many prompts, the first ones, the events are kept as small pictures, for `diffsteer report`.
+        sinks: what the results are written as beside their files: webdataset, parquet.
         schedule: where to put the steps, in the place of the model's own grid; or in numbers, `sigmas` or `timesteps`.
     """
 
@@ -127,6 +128,7 @@ class Config:
     noise_network: str | None = None
     holdout: Any = None
     report: int = 64
+    sinks: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -22,6 +22,7 @@ from diffsteer.holdout import Selected, warn_of_drift
 from diffsteer.leases import Leases
 from diffsteer.prompts import Item
 from diffsteer.sheet import sheet
+from diffsteer.sinks import SINKS
 from diffsteer.traces import write_trace
 from diffsteer.types import DiffsteerError
 
@@ -39,7 +40,7 @@ _RARE = ("backwards", "tiny_decodes", "held_out_calls")
 class Folder:
     """The folder of one run: `entries` are the manifest's lines by id, those whose images are gone left out;
     `texts` are written into the metadata of an item's pictures; `video` is the format of videos; of the first `report` prompts
-    the events are kept, too.
+    the events are kept, too; `sinks` (`diffsteer.sinks`) are written at the end.
 
     Raises:
         DiffsteerError: it holds results of other settings or other prompts, which would be lost.
@@ -53,6 +54,7 @@ class Folder:
     texts: Callable[[Item], dict[str, str]] = lambda item: {}
     video: str = "gif"
     report: int = 0
+    sinks: Sequence[str] = ()
     timings: list[dict[str, Any]] = field(default_factory=list)  # of this process
 
     def __post_init__(self) -> None:
@@ -205,6 +207,8 @@ class Folder:
         if not (self.path / MANIFEST).is_file() or (self.path / MANIFEST).read_text(encoding="utf-8") != text:
             with replacing(self.path / MANIFEST) as part:
                 part.write_text(text, encoding="utf-8")
+        for name in self.sinks:
+            SINKS[name](self.path, [self.entries[id] for id in asked])
         _drift([self.entries[id] for id in asked])
         shown = [e for e in (self.entries[id] for id in asked[:SHOWN]) if not e["image"].endswith(".wav")]
         sheet([[self.path / e["image"] for e in shown]], [e["prompt"] for e in shown], self.path / GRID)

@@ -84,7 +84,8 @@ def generate_folder(config: DictConfig, out: Path, shown: str) -> None:
 
     def made(path: Path, method: Sampler | None) -> tuple[Folder, Sampler | None]:
         texts = partial(_texts, config, told, method, reward)
-        return Folder(path, items, digested, texts=texts, video=config.video, report=config.report), method
+        more: dict[str, Any] = {"texts": texts, "video": config.video, "report": config.report, "sinks": list(config.sinks)}
+        return Folder(path, items, digested, **more), method
 
     runs = {"steered" if sampler else PLAIN: made(out, sampler)}
     folder = runs["steered" if sampler else PLAIN][0]

@@ -236,6 +236,35 @@ def test_wishes_that_cannot_be_granted_are_said_before_any_work(generate: Any, t
         assert not (tmp_path / "o" / "manifest.jsonl").exists()
 
 
+def test_results_as_shards_and_as_a_table(generate: Any, manifest: Any, tmp_path: Path) -> None:
+    """Each shard is what `prompts=` reads, the table is the manifest, and both are written anew when prompts are added."""
+    files, parts = pytest.importorskip("pyarrow.parquet"), ("deterministic=true", "sinks=[webdataset,parquet]")
+    (tmp_path / "p.txt").write_text("\n".join(THREE[:2]))
+    assert generate("prompts=p.txt", "out=o", *parts).code == 0
+    first = (tmp_path / "o/shards/00000.tar").read_bytes()
+    (tmp_path / "p.txt").write_text("\n".join(THREE))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffsteer.sinks.SAMPLES", 2)
+        assert generate("prompts=p.txt", "out=o", *parts).code == 0
+    shards = sorted((tmp_path / "o/shards").iterdir())
+    assert [s.name for s in shards] == ["00000.tar", "00001.tar"] and shards[0].read_bytes() == first
+    back = [item for shard in shards for item in read_items(shard)]
+    assert [(i.prompt, i.id, i.overrides) for i in back] == [(p, n, {"seed": 0}) for n, p in enumerate(THREE)]
+    assert back[0].about["made"] == manifest(tmp_path / "o")[0]
+    with tarfile.open(shards[0]) as archive:
+        assert archive.getnames() == ["000.png", "000.txt", "000.json", "001.png", "001.txt", "001.json"]
+        taken = archive.extractfile("000.png")
+        assert taken is not None and taken.read() == (tmp_path / "o/images/000.png").read_bytes()
+    rows = files.read_table(tmp_path / "o/manifest.parquet").to_pylist()
+    entries = manifest(tmp_path / "o")
+    assert [r["prompt"] for r in rows] == THREE and [r["id"] for r in rows] == ["0", "1", "2"]
+    assert [r["reward"] for r in rows] == [e["reward"] for e in entries]
+    assert [r["ledger.evaluations"] for r in rows] == [e["ledger"]["evaluations"] for e in entries]
+    assert all(json.loads(r["rest"])["settings"] == e["settings"] for r, e in zip(rows, entries, strict=True))
+    wrong = generate("prompts=p.txt", "out=o", "sinks=[tar]")
+    assert wrong.code == 2 and "sinks: 'tar' is unknown" in wrong.err and wrong.err.count("\n") == 1
+
+
 def test_status(generate: Any, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "p.txt").write_text("a star\na ring\na cross\n")
     assert generate("prompts=p.txt", "out=o").code == 0
@@ -421,3 +450,13 @@ def test_several_processes_want_a_folder(generate: Any, tmp_path: Path, monkeypa
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = generate("prompt=a star")
     assert result.code == 2 and result.err == "diffsteer: 2 processes work on one folder: give out=DIR\n"
+
+
+def test_a_sweep_of_hydra_in_processes(command: Any, toy_folder: Path, tmp_path: Path, manifest: Any) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    (tmp_path / "p.txt").write_text("a star\n")
+    small = [f"model={toy_folder}", "reward=compressibility", "num_inference_steps=4", "sampler.particles=2", "prompts=p.txt"]
+    argv = [*small, "sampler=fk,best_of_n", "out=m", "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    done = subprocess.run([sys.executable, "-m", "diffsteer", "generate", *argv], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [len(manifest(tmp_path / "m" / str(job))) for job in (0, 1)] == [1, 1]

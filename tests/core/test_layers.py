@@ -56,6 +56,7 @@ FLOORS = [
         "prompts",
         "leases",
         "traces",
+        "sinks",
         "folder",
         "batch",
         "listing",
