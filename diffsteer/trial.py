@@ -309,6 +309,8 @@ def along_ways(drafts: Sequence[Outcome], number: int) -> list[Outcome]:
     the best one's way further iterates evenly back to its start, the start included. Iterates of one noise are alike, and
     independent noises are at right angles.
     """
+    if not drafts:
+        return []
     ways: list[list[Outcome]] = []
     for draft in drafts:
         noise = _direction(draft)
@@ -318,8 +320,7 @@ def along_ways(drafts: Sequence[Outcome], number: int) -> list[Outcome]:
         else:
             mine.append(draft)
     others = [way[0] for way in ways[1 : 1 + number // 3]]
-    best = ways[0][0] if ways else None
-    way = sorted((d for d in ways[0] if best is not None and d.slot <= best.slot), key=lambda d: d.slot) if ways else []
+    way = sorted((d for d in ways[0] if d.slot <= drafts[0].slot), key=lambda d: d.slot)
     places = torch.linspace(len(way) - 1, 0, max(number - len(others), 1)).round().long().tolist()
     back = [way[i] for i in dict.fromkeys(places)]
     return [*back[:1], *others, *back[1:]][:number]

@@ -42,7 +42,7 @@ from diffsteer.samplers import (
 from diffsteer.search_run import maximise
 from diffsteer.searching import explore
 from diffsteer.toy import GaussianMixture, chain_law
-from diffsteer.trial import Search, Trial
+from diffsteer.trial import Arena, Outcome, Search, Trial, along_ways
 from diffsteer.types import Context
 
 
@@ -243,6 +243,24 @@ def test_finals_of_an_optimisation_go_back_to_its_start() -> None:
     assert gap.drafts[0] == max(gap.drafts) and gap.finals[-1] == pytest.approx(float(plain.rewards[0, 0]), abs=1e-5)
 
 
+def test_finals_of_several_noises_are_the_best_of_some_and_the_way_of_one() -> None:
+    """Iterates of three noises, the second of which is best: its best first, then the others' best, then its way back."""
+    draws = torch.Generator().manual_seed(3)
+    noises = [torch.randn(64, generator=draws) for _ in range(3)]
+    outcomes, none = [], torch.empty(0)
+    for step in range(5):
+        for n, z in enumerate(noises):
+            x = z + 0.1 * step * torch.randn(64, generator=draws)
+            rewarded = step + {0: 0.2, 1: 3.0, 2: 0.5}[n]
+            outcomes.append(Outcome(Trial(x, fresh=True), 3 * step + n, 1, none, none, none, True, reward=rewarded))
+    best_first = sorted(outcomes, key=lambda o: -o.reward)
+    chosen = along_ways(best_first, 6)
+    assert [o.slot % 3 for o in chosen] == [1, 2, 0, 1, 1, 1] and chosen[0] is best_first[0]
+    assert [o.slot // 3 for o in chosen] == [4, 4, 4, 3, 1, 0]
+    assert [o.slot for o in along_ways(best_first, 1)] == [13] and [o.slot for o in along_ways(best_first, 2)] == [13, 1]
+    assert along_ways([], 3) == []
+
+
 # ---------------------------------------------------------------------------------------------- memory
 
 
@@ -412,7 +430,6 @@ def test_stages_do_not_nest_and_draft_where_all_of_them_can() -> None:
 
 
 def test_states_may_live_on_another_device_than_noise() -> None:
-    from diffsteer.trial import Arena
 
     arena = Arena.__new__(Arena)
     arena.levels, arena.noise_kind = MODEL.grid(STEPS)[1], "eta"
