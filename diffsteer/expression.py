@@ -40,7 +40,21 @@ def is_expression(text: str, names: Collection[str]) -> bool:
     bare = re.sub(r"""'[^']*'|"[^"]*\"""", "", text)
     words = set(re.findall(r"[A-Za-z_]\w*", bare))
     operators = bool(re.search(r"[-+*/()]", bare)) and not re.search(r"[<>]|==", bare)
-    return operators and bool(words & {*names, "z"}) and not SWEEP.match(text)
+    listed = text.lstrip().startswith(("[", "{"))
+    return operators and not listed and bool(words & {*names, "z"}) and not SWEEP.match(text)
+
+
+def split(text: str) -> list[str]:
+    """The parts of ``[a, b(c, d), 'e, f']``: at commas outside of brackets and quotes."""
+    parts, depth, quote = [""], 0, ""
+    for letter in text.strip()[1:-1]:
+        quote = "" if letter == quote else quote or (letter if letter in "'\"" else "")
+        depth += 0 if quote else (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts]
 
 
 class _Parser:

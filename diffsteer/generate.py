@@ -100,7 +100,11 @@ def generate_folder(config: DictConfig, out: Path, shown: str) -> None:
     if pipe is not None and reward is not None:  # a prompt that cannot be scored is refused before any other is done
         for r in (reward, *holdouts.values()):  # of many prompts the first ones; of the others each when it is its turn
             r.prepare([item.prompt for item in folder.missing[:CHECKED]], Context(embedded=is_embedded(pipe)))
-        reward = scaled_reward(reward, config, pipe, [item.prompt for item in items], out, digested)
+        texts = [item.prompt for item in items]
+        reward = scaled_reward(reward, config, pipe, texts, out / SCALES, digested)
+        for n, (name, held) in enumerate(holdouts.items()):
+            path = out / SCALES.replace(".", f"-{n}.")
+            holdouts[name] = scaled_reward(held, config, pipe, texts, path, digested)
     start = start if pipe is None or config.noise_network is None else network_told(config, pipe, draft)
     schedule = None if pipe is None else schedule_of(config, pipe, [i.prompt for i in items], out, digested)
     for f, method in runs.values():
@@ -117,8 +121,8 @@ def generate_folder(config: DictConfig, out: Path, shown: str) -> None:
         print(f"{len(items)} {kind}{'s' * (len(items) > 1)}{sheets} and {MANIFEST} in {shown}{before}")
 
 
-def scaled_reward(reward: Reward, config: DictConfig, pipe: Any, prompts: list[str], out: Path, settings_hash: str) -> Reward:
-    """The reward, its z-scores brought to the scale of unguided samples, which is measured once a folder."""
+def scaled_reward(reward: Reward, config: DictConfig, pipe: Any, prompts: list[str], path: Path, settings_hash: str) -> Reward:
+    """The reward, its z-scores brought to the scale of unguided samples, which is measured once a folder and kept in a file."""
 
     def measure() -> Reward:
         print(f"scales of {reward.name}: measured first, on unguided samples", flush=True)
@@ -128,7 +132,7 @@ def scaled_reward(reward: Reward, config: DictConfig, pipe: Any, prompts: list[s
         call = {k: v for k, v in call_of(config).items() if k not in grids} | steps | negative
         return calibrated(reward, pipe, prompts, seed=config.seed, **call)
 
-    return settled_scales(reward, out / SCALES, settings_hash, measure)
+    return settled_scales(reward, path, settings_hash, measure)
 
 
 def _texts(

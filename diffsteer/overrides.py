@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING
 
 from diffsteer.config import EXPRESSION, GROUPS
-from diffsteer.expression import SWEEP, is_expression
+from diffsteer.expression import SWEEP, is_expression, split
 from diffsteer.fingerprint import exists
 from diffsteer.registry import nearest, registered
 from diffsteer.types import DiffsteerError
@@ -42,6 +42,9 @@ def for_hydra(argv: list[str]) -> list[str]:
             rewritten += [f"reward={EXPRESSION}", f"reward.text={quoted(value)}"]
         elif equals and key in ("holdout", "tune.holdout", "draft.reward") and is_expression(value, registered("reward")):
             rewritten.append(f"{key}={quoted(value)}")
+        elif equals and key in ("holdout", "tune.holdout") and value.startswith("[") and value.endswith("]"):
+            parts = [quoted(part) if is_expression(part, registered("reward")) else part for part in split(value)]
+            rewritten.append(f"{key}=[{','.join(parts)}]")
         elif equals and key == "reward" and "(" in value and not SWEEP.match(value):  # a program
             rewritten += ["reward=program", f"reward.text={quoted(value)}"]
         elif equals and key == "model" and _is_path(value, argv):

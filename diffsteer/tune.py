@@ -20,7 +20,7 @@ from diffsteer.asked import check, items_of
 from diffsteer.config import build, named, schema, settings
 from diffsteer.fingerprint import fingerprints
 from diffsteer.folder import MANIFEST, finite
-from diffsteer.generate import load, scaled_reward, snapshot
+from diffsteer.generate import SCALES, load, scaled_reward, snapshot
 from diffsteer.grids import check_schedule
 from diffsteer.guidance import guidance_of
 from diffsteer.ledger import Ledger
@@ -215,7 +215,9 @@ class Bench:
                 prepare(reward, prompts, Context(embedded=is_embedded(pipe)))
         assert self.reward is not None
         where, told = self.record.path.parent, self.record.settings_hash
-        self.reward = scaled_reward(self.reward, self.config, pipe, prompts, where, told)
+        self.reward = scaled_reward(self.reward, self.config, pipe, prompts, where / SCALES, told)
+        if self.judge is not None:
+            self.judge = scaled_reward(self.judge, self.config, pipe, prompts, where / SCALES.replace(".", "-0."), told)
         self.schedule = schedule_of(self.config, pipe, prompts, where, told)
         return pipe
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -229,3 +230,32 @@ def test_a_plug_in_is_an_option_like_any_other(command: Any, monkeypatch: pytest
     assert type(built) is Brightness and built.weight == 3.0
     assert command("generate", "reward=brightness", "reward.weight=much").code == 2
     assert "brightness" in command("list", "rewards").out
+
+
+def test_expressions_and_rewards_that_look_on(command: Any, manifest: Any, tmp_path: Path) -> None:
+    """The scales of z-scores are measured once a folder; what looks on changes nothing, and its gains stand in the manifest."""
+    (tmp_path / "p.txt").write_text("a red circle\na blue ring\n")
+    fixed = ("generate", "prompts=p.txt", "num_inference_steps=4", "sampler.particles=2", "deterministic=true")
+    text = "reward=clip + 0.3*z(sharpness)"
+    made = command(*fixed, text, "holdout=[clip2,checker,z(brightness)]", "out=o")
+    assert made.code == 0 and made.out.count("measured first, on unguided samples") == 2, made.err
+    (scale,) = json.loads((tmp_path / "o/scales.json").read_text())["scales"]
+    assert scale["name"] == "z(sharpness)" and scale["std"] > 0
+    entries = manifest(tmp_path / "o")
+    assert all(set(e["held_out"]) == {"clip2", "checker", "z(brightness)"} and "gain" in e["selected"] for e in entries)
+    assert all(e["held_out"]["checker"]["score"] in (0.0, 1.0) and e["ledger"]["held_out_calls"] > 0 for e in entries)
+    alone = command(*fixed, text, "out=alone")
+    assert alone.code == 0 and [e["reward"] for e in manifest(tmp_path / "alone")] == [e["reward"] for e in entries]
+    (tmp_path / "p.txt").write_text("a red circle\na blue ring\na star\n")
+    more = command(*fixed, text, "holdout=[clip2,checker,z(brightness)]", "out=o")
+    assert more.code == 0 and "measured" not in more.out and len(manifest(tmp_path / "o")) == 3
+    for wrong, said in (
+        (["reward=clip + 0.3*z(sharpnes)"], "did you mean 'sharpness'"),
+        (["reward=clip +"], "something is missing at the end"),
+        (["holdout=clpi2"], "holdout=clpi2 is unknown; did you mean 'clip2'"),
+        (["holdout=[clip2,clip2]"], "two rewards are called clip2"),
+        (["holdout=checker"], "'nice' is no word of the shapes world"),
+    ):
+        (tmp_path / "p.txt").write_text("a nice dog\n" if wrong == ["holdout=checker"] else "a star\n")
+        result = command(*fixed, *wrong, "out=wrong")
+        assert result.code == 2 and said in result.err and result.err.count("\n") == 1, result.err

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from diffsteer.config import build, named
-from diffsteer.expression import is_expression, reward_of
+from diffsteer.expression import is_expression, reward_of, split
 from diffsteer.registry import registered
 from diffsteer.reward import FunctionReward, Reward, ZScore, leaves, terms_of
 from diffsteer.rewards import Brightness, ClipScore, Program, Symmetry
@@ -169,9 +169,14 @@ def test_rewards_in_it_are_those_of_the_registry_checked_like_on_their_own() -> 
         ("area(red) + brightness() < 0.5", False),
         ("clip + program(text='area(red) > 0.1')", True),
         ("choice(clip,aesthetic)", False),
+        ("[z(clip),clip2]", False),
         ("path/to/clip", True),
     ],
 )
 def test_what_a_person_means(text: str, is_one: bool) -> None:
     assert is_expression(text, registered("reward")) == is_one
     assert named(text) == ({"name": "expression", "text": text} if is_one else {"name": text})
+
+
+def test_lists_of_expressions_are_cut_where_they_mean_it() -> None:
+    assert split("[a, b(c, d) , 'e, f', [g,h]]") == ["a", "b(c, d)", "'e, f'", "[g,h]"] and split("[]") == [""]
