@@ -15,8 +15,25 @@ from diffsteer.types import DiffsteerError, FailedError, PromptError, RewardErro
 if TYPE_CHECKING:
     from diffsteer.run import SteeredOutput
 
-ALIKE = 3  # failures, all alike and nothing done yet, after which the rest is not tried
+# Failures in a row, all alike, after which a process tries no more: where it has done nothing yet, and where it has.
+ALIKE, MANY = 3, 25
 SOON, LATER = 0.1, 2.0  # seconds between looks at what others have
+
+
+class InARow:
+    """Failures of this process since it did something, all of one kind: a broken one would fail whatever is left."""
+
+    def __init__(self) -> None:
+        self.kinds: list[str] = []
+        self.worked = False
+
+    def done(self) -> None:
+        self.worked, self.kinds = True, []
+
+    def hopeless(self, error: Exception, prompts: int) -> bool:
+        """Is it so, after one more?"""
+        self.kinds.append(type(error).__name__)
+        return len(set(self.kinds)) == 1 and len(self.kinds) >= (MANY if self.worked else min(ALIKE, prompts))
 
 
 def generate(
@@ -39,18 +56,19 @@ def generate(
         FailedError: some prompts failed.
         DiffsteerError: what is wrong with more than a prompt; everything that was finished before stays, in the folder.
     """
-    folder.start()
-    kinds: set[str] = set()
+    row = InARow()
     with folder.leases.renewing():
+        folder.start()
         for items in _claims(folder, batch):
             try:
                 _one(run, folder, items, seed, output)
+                row.done()
             except (DiffsteerError, OSError) as error:
                 if not isinstance(error, RewardError | PromptError):
                     raise  # no other prompt would fare better
-                _alone(run, folder, items, seed, output, error, kinds)
+                _alone(run, folder, items, seed, output, error, row)
             except Exception as error:
-                _alone(run, folder, items, seed, output, error, kinds)
+                _alone(run, folder, items, seed, output, error, row)
             folder.leases.release(items)
             if done is not None:
                 done(len(items))
@@ -91,21 +109,22 @@ def _alone(
     seed: int,
     output: str,
     error: Exception,
-    kinds: set[str],
+    row: InARow,
 ) -> None:
     """Items of a batch that failed, each by itself; those that fail again are noted.
 
     Args:
-        kinds: of errors that there were before.
+        row: the errors since something was done.
 
     Raises:
-        Exception: what they fail with, where nothing works at all.
+        Exception: what they fail with, where nothing works in this process (any more).
     """
     for item in items:
         mine = error
         if len(items) > 1:
             try:
                 _one(run, folder, [item], seed, output)
+                row.done()
                 continue
             except (DiffsteerError, OSError) as again:
                 if not isinstance(again, RewardError | PromptError):
@@ -114,7 +133,5 @@ def _alone(
             except Exception as again:
                 mine = again
         folder.fail(item, mine)
-        hopeless = len(folder.failed) >= min(ALIKE, len(folder.items)) and not folder.entries
-        if hopeless and len({type(mine).__name__, *kinds}) == 1:
+        if row.hopeless(mine, len(folder.items)):
             raise mine
-        kinds.add(type(mine).__name__)

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
+from diffsteer.blocks import Size
 from diffsteer.callable import CallableModel
 from diffsteer.pipeline import SteeredPipeline
 from diffsteer.registry import find
@@ -29,6 +31,7 @@ def calibrated(
     samples: int = SAMPLES,
     seed: int = 0,
     decoder: str = "full",
+    chunk: Size = None,
     **call: Any,
 ) -> Reward:
     """The same reward, the scales of its z-scores measured on unguided samples: so many of each of the first eight prompts.
@@ -38,7 +41,8 @@ def calibrated(
     Cost: ``8 samples`` chains at most, their decodes, and as many reward calls for each z-score.
 
     Args:
-        samples: at least 2. decoder, call: as the pipeline is run, steps and guidance among it.
+        samples: at least 2, those of one prompt together. decoder, chunk, call: as the pipeline is run, steps and guidance
+            among it.
 
     Raises:
         DiffsteerError: scores that are all the same, or no numbers.
@@ -48,8 +52,8 @@ def calibrated(
     if samples < 2:
         raise DiffsteerError(f"calibrated: samples={samples}; at least 2 are needed to tell a deviation")
     texts = list(dict.fromkeys(prompts))[:PROMPTS]
-    plain = SteeredPipeline(pipe, find("sampler", "best_of_n")(samples), decoder=decoder)
-    out = plain(texts, seed=seed, ids=[f"calibration {i}" for i in range(len(texts))], **call)
+    plain = SteeredPipeline(pipe, find("sampler", "best_of_n")(samples), decoder=decoder, chunk=chunk)
+    groups = [plain([text], seed=seed, ids=[f"calibration {i}"], **call).samples[0] for i, text in enumerate(texts)]
     steps, embedded = 1, False
     if not isinstance(pipe, CallableModel):
         from diffsteer.shapes.models import is_embedded
@@ -61,7 +65,7 @@ def calibrated(
         check_inputs(decoder != "none", inner)
         prepare(inner, texts, ctx)
         with torch.no_grad():
-            each = [checked(inner, group, [text] * samples, ctx) for group, text in zip(out.samples, texts, strict=True)]
+            each = [checked(inner, group, [text] * samples, ctx) for group, text in zip(groups, texts, strict=True)]
         scores = torch.stack(each).double().cpu()
         mean, std = float(scores.mean()), float(scores.var(1).mean().sqrt())
         if not math.isfinite(mean) or not std > 0:
@@ -97,6 +101,11 @@ def settled_scales(reward: Reward, path: Path, settings_hash: str, measure: Call
     """
     if not is_unscaled(reward):
         return reward
+    with FileLock(path.with_name(f".{path.name}.lock")):  # several processes of one folder have one scale
+        return _settled(reward, path, settings_hash, measure)
+
+
+def _settled(reward: Reward, path: Path, settings_hash: str, measure: Callable[[], Reward]) -> Reward:
     if path.exists():
         try:
             kept = json.loads(path.read_text())

@@ -32,9 +32,10 @@ def check_reward(
 ) -> None:
     """Score samples in every way in which a run may, and compare with what the reward says of itself.
 
-    Its facts are of the right kinds; scores are (N,) float32, in its range, and not all the same; they are the same for every
-    chunk size, order and fresh object (unless it says that it is not deterministic, or pooled); gradients reach the samples if
-    it says so, also where it was loaded in inference mode; prompts matter if it says so.
+    Its facts are of the right kinds; scores are (N,) float32, in its range, and not all the same, and scoring changes no sample
+    and draws nothing from the global random state; they are the same for every chunk size, order and fresh object, and prompts
+    matter if it says so; gradients reach the samples if it says so, also where it was used in inference mode before. Of a
+    reward that says that it is not deterministic the same is not asked for, of one that is pooled the same in any order alone.
 
     Args:
         make: makes a new one.
@@ -54,7 +55,8 @@ def check_reward(
 
     wanted(isinstance(reward, Reward), "it is no diffsteer.Reward")
     wanted(reward.name != Reward.name and reward.name.isidentifier(), "its `name` is none of its own, or no word")
-    wanted(bool((type(reward).__doc__ or "").strip()), "it has no docstring")
+    words = (type(reward).__doc__ or "").strip()
+    wanted(bool(words) and not words.startswith(f"{type(reward).__name__}("), "it has no docstring")  # dataclass writes one
     wanted(reward.input in ("pixels", "latents"), f"input={reward.input!r}; valid: pixels, latents")
     wanted(reward.modality in ("image", "video", "any"), f"modality={reward.modality!r}; valid: image, video, any")
     low, high = reward.range
@@ -69,17 +71,26 @@ def check_reward(
         samples = five_images()
         if reward.modality == "video":
             samples = torch.stack([samples.roll(3 * k, -1) * (1 - 0.1 * k) for k in range(4)], 1)
-    texts, count = list(prompts), len(samples)
+    texts, every = list(prompts), list(range(len(samples)))
+    count = len(every)
+    kept, random_state = samples.clone(), torch.get_rng_state()
+
+    def fresh() -> Reward:
+        one = make()
+        with torch.inference_mode(False):
+            one.prepare(texts, ctx)
+        return one
+
     reward.prepare(texts, ctx)
 
     def scored(by: Reward, rows: list[int], words: Sequence[str] | None = None) -> Tensor:
         with torch.no_grad():
-            return by.score(samples[rows], [texts[i] for i in rows] if words is None else words, ctx)
+            shown = samples if rows == every else samples[rows]
+            return by.score(shown, [texts[i] for i in rows] if words is None else words, ctx)
 
     def same(a: Tensor, b: Tensor) -> bool:
         return torch.allclose(a, b, rtol=close, atol=close, equal_nan=True)
 
-    every = list(range(count))
     scores = scored(reward, every)
     wanted(scores.shape == (count,) and scores.dtype == torch.float32, f"scores are {scores.dtype} {list(scores.shape)}")
     wanted(bool(((scores >= low) & (scores <= high)).all()), f"scores {scores.tolist()} leave its range {reward.range}")
@@ -89,26 +100,37 @@ def check_reward(
         wanted(torch.equal(scored(reward, back)[back], scores), "the order of a pool changes its scores")
         return
     if not reward.deterministic:
+        _check_gradient(reward, samples, texts, ctx, wanted)
         return
+    wanted(torch.equal(samples, kept), "scoring changes the samples")
+    wanted(torch.equal(torch.get_rng_state(), random_state), "it draws from the global random state")
     wanted(torch.equal(scored(reward, every), scores), "the same samples have other scores the second time")
-    wanted(same(scored(make(), every), scores), "a new object scores otherwise")
+    wanted(same(scored(fresh(), every), scores), "a new object scores otherwise")
     wanted(same(scored(reward, back)[back], scores), "the order of samples changes their scores")
     for size in range(1, count):
         parts = torch.cat([scored(reward, every[i : i + size]) for i in range(0, count, size)])
         wanted(same(parts, scores), f"chunks of {size} have other scores than all together")
-    words = scored(reward, every, texts[::-1])
+    turned = scored(reward, every, texts[::-1])
     said = "prompts matter, and needs_prompt is False" if not reward.needs_prompt else "needs_prompt, and no prompt matters"
-    wanted(torch.equal(words, scores) != reward.needs_prompt, said)
-    late = make()
+    wanted(torch.equal(turned, scores) != reward.needs_prompt, said)
+    late = fresh()
     with torch.inference_mode():
         late.score(samples, texts, ctx)
     for one in (reward, late):
-        x = samples.clone().requires_grad_()
-        with torch.enable_grad():
-            live = one.score(x, texts, ctx)
-        wanted(same(live.detach(), scores), "scores with a gradient differ from those without")
-        wanted(live.requires_grad == reward.differentiable, f"differentiable={reward.differentiable} is not so")
-        if reward.differentiable:
-            (gradient,) = torch.autograd.grad(live.sum(), x)
-            finite = bool(gradient.isfinite().all()) and math.isfinite(float(gradient.abs().sum()))
-            wanted(finite and bool(gradient.flatten(1).any(1).all()), "a gradient is zero, or no number")
+        live = _check_gradient(one, samples, texts, ctx, wanted)
+        wanted(same(live, scores), "scores with a gradient differ from those without")
+
+
+def _check_gradient(
+    reward: Reward, samples: Tensor, texts: Sequence[str], ctx: Context, wanted: Callable[[bool, str], None]
+) -> Tensor:
+    """Has it a gradient if and only if it says so? Returns the scores."""
+    x = samples.clone().requires_grad_()
+    with torch.enable_grad():
+        live = reward.score(x, texts, ctx)
+    wanted(live.requires_grad == reward.differentiable, f"differentiable={reward.differentiable} is not so")
+    if reward.differentiable:
+        (gradient,) = torch.autograd.grad(live.sum(), x)
+        finite = bool(gradient.isfinite().all()) and math.isfinite(float(gradient.abs().sum()))
+        wanted(finite and bool(gradient.flatten(1).any(1).all()), "a gradient is zero, or no number")
+    return live.detach()

@@ -8,6 +8,7 @@ value    = number | true | false | null | word | 'text' | "text"
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -16,7 +17,7 @@ from diffsteer.reward import Reward, ZScore
 from diffsteer.types import DiffsteerError, nearest
 
 Make = Callable[[str, dict[str, Any]], Reward]  # from a reward's name and its arguments
-_TOKEN = re.compile(r"""\s*(?:(\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+)|([A-Za-z_]\w*)|('[^']*'|"[^"]*")|([-+*/(),=]))""")
+_TOKEN = re.compile(r"""\s*(?:((?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)|([A-Za-z_]\w*)|('[^']*'|"[^"]*")|([-+*/(),=]))""")
 _WORDS = {"true": True, "false": False, "null": None, "none": None}
 SWEEP = re.compile(r"\s*(choice|range|interval|glob|sort|shuffle|tag)\(")  # functions of Hydra's sweeps
 MOST = 60  # how deep an expression may be nested
@@ -40,7 +41,7 @@ def is_expression(text: str, names: Collection[str]) -> bool:
     bare = re.sub(r"""'[^']*'|"[^"]*\"""", "", text)
     words = set(re.findall(r"[A-Za-z_]\w*", bare))
     operators = bool(re.search(r"[-+*/()]", bare)) and not re.search(r"[<>]|==", bare)
-    listed = text.lstrip().startswith(("[", "{"))
+    listed = text.lstrip().startswith(("[", "{")) or len(split(f"[{text}]")) > 1  # a list, or a sweep
     return operators and not listed and bool(words & {*names, "z"}) and not SWEEP.match(text)
 
 
@@ -106,14 +107,19 @@ class _Parser:
         return made
 
     def part(self) -> float | Reward:
-        if self.take("-"):
-            return -1.0 * self.part()
+        sign = 1.0
+        while self.take("-"):
+            sign = -sign
+        if sign < 0:
+            return sign * self.part()
         if self.take("("):
             made = self.sum()
             self.expect(")")
             return made
         kind, value = self.kind, self.next()
         if kind == "number":
+            if not math.isfinite(float(value)):
+                raise self.wrong(f"{value} is no weight", back=1)
             return float(value)
         if kind != "name":
             ended = kind == "end"

@@ -74,16 +74,18 @@ class Folder:
             return
         with manifest.open("rb") as file:
             inode = os.fstat(file.fileno()).st_ino
-            file.seek(self._read[1] if inode == self._read[0] else 0)
+            start = self._read[1] if inode == self._read[0] else 0
+            file.seek(start)
             whole = file.read().rpartition(b"\n")[0]
             for number, line in enumerate(whole.split(b"\n") if whole else (), 1):
                 self._take(_entry(line, manifest, number))
-            self._read = inode, file.tell()
+            self._read = inode, start + len(whole) + bool(whole)
         if (self.path / ERRORS).is_file():
-            for text in (self.path / ERRORS).read_text(encoding="utf-8").splitlines():
+            for text in (self.path / ERRORS).read_text(encoding="utf-8").split("\n"):
                 with contextlib.suppress(ValueError):
                     told = json.loads(text)
-                    self.failed[told["id"]] = told
+                    if told["id"] not in self.entries:
+                        self.failed[told["id"]] = told
 
     def _take(self, entry: dict[str, Any]) -> None:
         manifest = self.path / MANIFEST
@@ -100,6 +102,7 @@ class Folder:
         stopped = entry.get("search", {}).get("stopped") == "interrupted"  # before its budget was spent: it is done again
         if not stopped and all((self.path / image).is_file() for image in images):
             self.entries[entry["id"]] = entry
+            self.failed.pop(entry["id"], None)
 
     def start(self) -> None:
         """A run begins: what failed before is tried again, unless others are at work on it."""
@@ -170,6 +173,8 @@ class Folder:
                 found = out.trace.searches[p]
                 entry["search"] = found.facts()
                 mine = counts | {"evaluations": found.spent.evals, "reward_calls": found.spent.reward_calls}
+                if out.held_out:
+                    mine["held_out_calls"] = len(found.outcomes) * len(out.held_out)
                 if not counted["tiny_decodes"]:
                     mine["decodes"] = found.spent.decodes
             entry |= {"ledger": mine, "settings": self.settings_hash}
@@ -183,7 +188,6 @@ class Folder:
                 _save(images[p], self.path / entry["image"], texts)
             if item.index < self.report:
                 write_trace(self.path, item.name, out, p)
-            self.entries[item.id] = entry
             lines.append(entry)
         ledger = out.ledger
         rest = {"forwards": ledger.forwards, "padding": ledger.padding, "peak_memory": ledger.peak_memory}
@@ -193,6 +197,7 @@ class Folder:
         with self.leases.lock:
             append(self.path / MANIFEST, lines)
             append(self.path / TIMINGS, [timing])
+        self.entries |= {entry["id"]: entry for entry in lines}
 
     def finish(self) -> None:
         """Put the manifest in the order of the items, lines of prompts that are not asked for now last; draw the sheet."""
@@ -242,14 +247,29 @@ def _entry(line: bytes, path: Path, number: int) -> dict[str, Any]:
     return entry
 
 
-def cut_unfinished(path: Path) -> bytes:
-    """Cut off a last line that a stopped run left unfinished; return what stays."""
-    data = path.read_bytes() if path.is_file() else b""
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with replacing(path) as part:
-            part.write_bytes(whole)
-    return whole
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file; a last one that a stopped run left unfinished is cut off it."""
+    cut_unfinished(path)
+    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+
+
+def cut_unfinished(path: Path) -> None:
+    """Cut off a last line that a stopped run left unfinished."""
+    if not path.is_file():
+        return
+    with path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        kept = size
+        while kept:
+            step = min(kept, 65536)
+            file.seek(kept - step)
+            at = file.read(step).rfind(b"\n")
+            if at >= 0:
+                kept += at + 1 - step
+                break
+            kept -= step
+        if kept < size:
+            file.truncate(kept)
 
 
 @contextlib.contextmanager
@@ -268,6 +288,7 @@ def _save(made: Any, path: Path, texts: dict[str, str]) -> None:
 
 
 def append(path: Path, entries: Sequence[dict[str, Any]]) -> None:
+    cut_unfinished(path)  # of a process that was killed while it wrote, or found the disk full
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(_line(entry) for entry in entries))
         file.flush()
@@ -288,7 +309,7 @@ def _drift(entries: Sequence[dict[str, Any]]) -> None:
     told = [e for e in entries if e.get("selected")]
 
     def whole(facts: Sequence[dict[str, float | None]]) -> Selected:
-        rows = [[math.nan if f[key] is None else f[key] for key in ("gain", "variance")] for f in facts]
+        rows = [[f[key] or 0.0 for key in ("gain", "variance")] for f in facts]
         return Selected(*torch.tensor(rows, dtype=torch.float64).unbind(1))
 
     names = {name for e in told for name in e["held_out"]}

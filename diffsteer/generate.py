@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from diffsteer.asked import check, items_of
 from diffsteer.batch import generate
 from diffsteer.calibration import calibrated, settled_scales
 from diffsteer.config import as_yaml, build, settings
-from diffsteer.draft import draft_of
+from diffsteer.draft import Draft, draft_of
 from diffsteer.families import family_of
 from diffsteer.folder import GRID, MANIFEST, Folder, paced
 from diffsteer.found import Progress
@@ -105,6 +106,9 @@ def generate_folder(config: DictConfig, out: Path, shown: str) -> None:
         for n, (name, held) in enumerate(holdouts.items()):
             path = out / SCALES.replace(".", f"-{n}.")
             holdouts[name] = scaled_reward(held, config, pipe, texts, path, digested)
+        if isinstance(draft, Draft) and isinstance(draft.reward, Reward):
+            path = out / SCALES.replace(".", "-draft.")
+            draft = replace(draft, reward=scaled_reward(draft.reward, config, pipe, texts, path, digested))
     start = start if pipe is None or config.noise_network is None else network_told(config, pipe, draft)
     schedule = None if pipe is None else schedule_of(config, pipe, [i.prompt for i in items], out, digested)
     for f, method in runs.values():
@@ -130,7 +134,7 @@ def scaled_reward(reward: Reward, config: DictConfig, pipe: Any, prompts: list[s
         negative = {} if config.negative_prompt is None else {"negative_prompt": config.negative_prompt}
         grids = ("sigmas", "timesteps")
         call = {k: v for k, v in call_of(config).items() if k not in grids} | steps | negative
-        return calibrated(reward, pipe, prompts, seed=config.seed, **call)
+        return calibrated(reward, pipe, prompts, seed=config.seed, chunk=config.chunk, **call)
 
     return settled_scales(reward, path, settings_hash, measure)
 

@@ -39,13 +39,13 @@ class Selected:
     @property
     def mean(self) -> float:
         """Of the gains."""
-        return float(self.gains.nanmean())
+        return float(self.gains.mean())
 
     @property
     def score(self) -> float:
         """The sum of the gains in standard deviations of blind choice; 0 where there was none."""
-        spread = math.sqrt(float(self.variances.nansum()))
-        return float(self.gains.nansum()) / spread if spread > 0 else 0.0
+        spread = math.sqrt(float(self.variances.sum()))
+        return float(self.gains.sum()) / spread if spread > 0 else 0.0
 
     def plus(self, other: Selected) -> Selected:
         return Selected(self.gains + other.gains, self.variances + other.variances)
@@ -57,15 +57,17 @@ def nothing(groups: int) -> Selected:
 
 
 def selected(scores: Tensor, ancestors: Tensor) -> Selected:
-    """One choice: scores (P, K) of those there were, ancestors (P, M) of those that live on. Of scores that are no numbers
-    nothing is told."""
+    """One choice: scores (P, K) of those there were, ancestors (P, M) of those that live on. Where a score is no number, this
+    choice tells nothing of that prompt, and counts as none."""
     scores = scores.double()
     scores = scores.masked_fill(~scores.isfinite(), math.nan)
     k = scores.shape[1]
     shares = torch.zeros_like(scores).scatter_add_(1, ancestors, torch.full(ancestors.shape, 1 / ancestors.shape[1]).to(scores))
     gains = (scores.gather(1, ancestors)).mean(1) - scores.mean(1)
     spread = scores.var(1, correction=1) if k > 1 else torch.zeros(len(scores), dtype=torch.float64)
-    return Selected(gains, spread * (shares.square().sum(1) - 1 / k))
+    variances = spread * (shares.square().sum(1) - 1 / k)
+    known = gains.isfinite() & variances.isfinite()
+    return Selected(gains.where(known, 0.0), variances.where(known, 0.0))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffsteer.budget import Cost, Purse
-from diffsteer.reward import Reward, as_reward
+from diffsteer.reward import Reward, ZScore, as_reward
 from diffsteer.types import Context, DiffsteerError, RewardError
 
 if TYPE_CHECKING:
@@ -120,6 +120,9 @@ class RankEnsemble(Reward):
             raise DiffsteerError(f"rank_ensemble: shares={self.shares}; wanted {len(self.rewards)} positive numbers")
         if len({r.input for r in self.rewards}) > 1:
             raise DiffsteerError("rank_ensemble: rewards on pixels and on latents see different samples")
+        scaled = next((r.name for r in self.rewards if isinstance(r, ZScore)), None)
+        if scaled is not None:
+            raise DiffsteerError(f"rank_ensemble: ranks have no scale, so that {scaled} is the reward itself: leave z() out")
         if any(r.pooled for r in self.rewards):
             raise DiffsteerError("rank_ensemble: its rewards are numbers by themselves, not ranks or duels")
         self.__dict__.update(

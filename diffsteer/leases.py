@@ -13,6 +13,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ class Leases:
         self.lock = FileLock(self.path / LOCK)  # whoever reads and writes what is shared holds it; it may be taken again
         self.held: set[Path] = set()
         me = psutil.Process()
-        self.me = {"host": socket.gethostname(), "pid": me.pid, "born": me.create_time()}
+        self.me = {"host": _host(), "pid": me.pid, "born": me.create_time()}
+        self.presence = self.path / f"at-{uuid.uuid4().hex}.json"
 
     def claim(self, items: Sequence[Item]) -> list[Item]:
         """Those of the items that nobody has; they are ours from here."""
@@ -54,23 +56,24 @@ class Leases:
     def release(self, items: Sequence[Item]) -> None:
         """Give items back, done or not."""
         for item in items:
-            self.held.discard(self._file(item))
-            self._file(item).unlink(missing_ok=True)
+            self._drop(self._file(item))
 
     def others(self) -> bool:
         """Is another process at work here?"""
-        return any(self._taken(file) for file in self.path.glob("*.json") if file not in self.held)
+        return any(self._taken(file) for file in self.path.glob("at-*.json") if file != self.presence)
 
     @contextlib.contextmanager
     def renewing(self) -> Iterator[None]:
-        """Renew what is held from time to time, and give all of it back at the end."""
+        """Be at work here: renew what is held from time to time, and give all of it back at the end."""
+        self.presence.write_text(json.dumps(self.me))
         over = threading.Event()
 
         def beat() -> None:
             while not over.wait(BEAT):
-                for file in list(self.held):
+                for file in [self.presence, *self.held]:
                     with contextlib.suppress(OSError):
-                        os.utime(file)
+                        if self._ours(file):
+                            os.utime(file)
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
@@ -79,31 +82,60 @@ class Leases:
         finally:
             over.set()
             thread.join()
-            for file in list(self.held):
-                file.unlink(missing_ok=True)
-            self.held.clear()
+            for file in [self.presence, *self.held]:
+                self._drop(file)
 
     def _file(self, item: Item) -> Path:
         return self.path / f"{item.index}.json"
 
+    def _drop(self, file: Path) -> None:
+        """Give up a lease, if it is still ours: it may have run out while this process was stopped."""
+        self.held.discard(file)
+        with self.lock:
+            if self._ours(file):
+                file.unlink(missing_ok=True)
+
+    def _ours(self, file: Path) -> bool:
+        return _holder(file) == self.me
+
     def _taken(self, file: Path) -> bool:
-        """Is there a lease whose holder is alive, as far as can be known?"""
+        """Is there a lease whose holder is alive, as far as can be known? On this machine it is known; of others the lease runs
+        out."""
+        holder = _holder(file)
+        if holder is None:
+            return False
+        if holder.get("host") == self.me["host"]:
+            return _lives(holder)
         try:
-            age = time.time() - file.stat().st_mtime
-            holder: dict[str, Any] = json.loads(file.read_text())
-        except (OSError, ValueError):  # none, or one that was being written when its holder was killed
+            return time.time() - file.stat().st_mtime < LEASE
+        except OSError:
             return False
-        if not isinstance(holder, dict) or age > LEASE:
-            return False
-        elsewhere = bool(holder.get("host") != self.me["host"])
-        return elsewhere or _lives(holder)
+
+
+def _holder(file: Path) -> dict[str, Any] | None:
+    """Who has a lease; None of none, or of one that was being written when its holder was killed."""
+    try:
+        told = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return told if isinstance(told, dict) else None
+
+
+def _host() -> str:
+    """This machine since it was started, and where its processes are numbered: containers may share a name."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
 
 
 def _lives(holder: dict[str, Any]) -> bool:
     """Is it that process, and no other one with its number?"""
     try:
-        born: float = psutil.Process(int(holder["pid"])).create_time()
-        return abs(born - float(holder["born"])) < 2
+        process = psutil.Process(int(holder["pid"]))
+        dead = process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)  # nobody has asked how it ended yet
+        return not dead and abs(float(process.create_time()) - float(holder["born"])) < 2
     except (psutil.Error, KeyError, TypeError, ValueError):
         return False
 

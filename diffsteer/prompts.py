@@ -6,8 +6,10 @@ import csv
 import difflib
 import io
 import json
+import lzma
 import math
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,7 +110,7 @@ def _rows(path: Path) -> Iterable[Row]:
     if suffix == ".json" and text.lstrip().startswith("["):
         try:
             listed = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DiffsteerError(f"{path}: no JSON ({error})") from error
         return ((f"{path}, entry {n}", row) for n, row in enumerate(listed, 1))
     lines = [(f"{path}, line {n}", line.rstrip("\r")) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -172,8 +174,13 @@ def _typed(row: dict[str, str]) -> dict[str, Any]:
         if whole == "reward" and argument:
             made.setdefault("reward", {})[argument] = _number(text)
         else:
-            made[name] = _number(text) if known else int(text) if name == "id" and text.isascii() and text.isdigit() else text
+            made[name] = _number(text) if known else int(text) if name == "id" and _is_number(text) else text
     return made
+
+
+def _is_number(text: str) -> bool:
+    """Is it a whole number as it would be written? 01 is a text."""
+    return text.isascii() and text.isdigit() and len(text) < 19 and str(int(text)) == text
 
 
 def _number(text: str) -> Any:
@@ -232,7 +239,7 @@ def _tar(path: Path) -> Iterator[Row]:
                     members.setdefault(key, {})[ending] = b"" if taken is None else taken.read()
     except OSError as error:
         raise DiffsteerError(_unreadable(path, error)) from error
-    except tarfile.TarError as error:
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DiffsteerError(f"prompts={path}: this is no tar file ({str(error).splitlines()[0]})") from error
     for key, parts in members.items():
         where = f"{path}, key {key}"
@@ -246,6 +253,19 @@ def _tar(path: Path) -> Iterator[Row]:
             named = next((told[c] for c in COLUMNS if c in told), None)
             told = {"id": key, **told, **({"prompt": text.strip()} if text is not None else {"prompt": named} if named else {})}
         yield where, told
+
+
+def _plain(value: Any) -> Any:
+    """What JSON takes of a value: numbers that are none are null, anything else is told as a text."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int):
+        return value
+    return str(value).encode(errors="replace").decode()
 
 
 def _item(index: int, row: Any, where: str) -> Item:
@@ -262,5 +282,9 @@ def _item(index: int, row: Any, where: str) -> Item:
         right, wanted = OVERRIDES[name]
         if not right(value):
             raise DiffsteerError(f"{where}: {name}={value!r}; wanted {wanted}")
-    about = {k: v for k, v in row.items() if k not in ("prompt", "id", *OVERRIDES)}
+    try:
+        json.dumps([id, row["prompt"], overrides], allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:  # an unpaired surrogate is a ValueError, too
+        raise DiffsteerError(f"{where}: it cannot be kept as JSON, in Unicode ({error})") from error
+    about = {str(k): _plain(v) for k, v in row.items() if k not in ("prompt", "id", *OVERRIDES)}
     return Item(index, id, row["prompt"], overrides, about)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import math
@@ -17,13 +18,15 @@ from diffsteer import __version__
 from diffsteer.charts import curves, descent, number
 from diffsteer.folder import MANIFEST, replacing
 from diffsteer.sheet import first_frame
-from diffsteer.status import lines_of, status
+from diffsteer.status import is_inside, lines_of, status
 from diffsteer.traces import read_trace
 from diffsteer.types import DiffsteerError
 
 PAGE = "report.html"
 DETAILED, ON_SHEET = 64, 400  # prompts with a section of their own; on the contact sheet
 LARGE, THUMB = 512, 128  # pixels a side, at most, of pictures on the page
+CELLS = 256  # small pictures of a family tree, at most
+NEEDED = ("id", "prompt", "image", "seed", "reward", "ledger")  # of a line
 WHOLE = 2_000_000  # bytes up to which a clip or a sound is put in as it is
 STYLE, SCRIPT = (Path(__file__).parent / "page" / name for name in ("report.css", "report.js"))
 
@@ -38,8 +41,8 @@ class Run:
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder)
         self.lines, self.done = status(folder)
-        self.entries = [e for e in lines_of(self.path / MANIFEST) if (self.path / e["image"]).is_file()]
-        self.by_id = {e["id"]: e for e in self.entries}
+        self.by_id = {e["id"]: e for e in lines_of(self.path / MANIFEST, *NEEDED) if is_inside(self.path, e["image"])}
+        self.entries = list(self.by_id.values())
         self.config = _config(self.path / ".hydra" / "config.yaml")
 
     @property
@@ -82,9 +85,10 @@ def write_report(folders: Sequence[str | Path], target: Path | None = None) -> P
 def page(runs: Sequence[Run]) -> str:
     """The whole page."""
     title = " and ".join(run.name for run in runs)
-    shown = [e["id"] for e in runs[0].entries]
-    shown += [e["id"] for run in runs[1:] for e in run.entries if e["id"] not in set(shown)]
-    secure = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    shown = list(dict.fromkeys(id for run in runs for id in run.by_id))
+    script = SCRIPT.read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()  # nothing else may run
+    secure = f"default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     head = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{secure}">'
@@ -92,7 +96,8 @@ def page(runs: Sequence[Run]) -> str:
         f'<link rel="icon" href="data:,"><style>{STYLE.read_text()}</style></head><body>'
     )
     top = f"<header><h1>{escape(title)}</h1><p>{escape(' and '.join(r.lines[0] for r in runs))}</p>{_facts(runs)}</header>"
-    sheet = f'<nav class="sheet" aria-label="all pictures">{"".join(_tile(runs, id) for id in shown[:ON_SHEET])}</nav>'
+    tiles = "".join(_tile(runs, id, n) for n, id in enumerate(shown[:ON_SHEET]))
+    sheet = f'<nav class="sheet" aria-label="all pictures">{tiles}</nav>'
     over = f"<p>The first {ON_SHEET} of {len(shown)}.</p>" if len(shown) > ON_SHEET else ""
     sections = "".join(_section(runs, id, n) for n, id in enumerate(shown[:DETAILED]))
     more = f"<p>Prompts from the {DETAILED + 1}th on are in the manifest alone.</p>" if len(shown) > DETAILED else ""
@@ -101,7 +106,7 @@ def page(runs: Sequence[Run]) -> str:
     keys = "Keys: j and k, or n and p, go from prompt to prompt; t opens and closes its tree."
     foot = f"<footer>diffsteer {__version__}. {keys}</footer>"
     body = f"{top}<main>{wrong}{sheet}{over}{sections}{more}</main>{foot}"
-    return f"{head}{body}<script>{SCRIPT.read_text()}</script></body></html>\n"
+    return f"{head}{body}<script>{script}</script></body></html>\n"
 
 
 def _facts(runs: Sequence[Run]) -> str:
@@ -116,12 +121,13 @@ def _facts(runs: Sequence[Run]) -> str:
     return f"<table>{top}{rows}</table>"
 
 
-def _tile(runs: Sequence[Run], id: Any) -> str:
+def _tile(runs: Sequence[Run], id: Any, n: int) -> str:
     entries = [(run, run.by_id[id]) for run in runs if id in run.by_id]
     pictures = "".join(f'<img alt="" src="{_picture(run.path / e["image"], THUMB)}">' for run, e in entries)
     rewards = ", ".join(number(e["reward"]) for _, e in entries)
     prompt = escape(str(entries[0][1]["prompt"]))
-    return f'<a href="#{_anchor(entries[0][1])}">{pictures}<span>{prompt}</span><small>{rewards}</small></a>'
+    link = f' href="#p{n}"' if n < DETAILED else ""
+    return f"<a{link}>{pictures}<span>{prompt}</span><small>{rewards}</small></a>"
 
 
 def _section(runs: Sequence[Run], id: Any, n: int) -> str:
@@ -131,7 +137,7 @@ def _section(runs: Sequence[Run], id: Any, n: int) -> str:
     about = f"<p class='id'>{escape(str(first['id']))}</p>"
     kind = "pair" if len(runs) > 1 else "one"
     return (
-        f'<section class="prompt {kind}" id="{_anchor(first)}" tabindex="-1"><h2>{escape(str(first["prompt"]))}</h2>{about}'
+        f'<section class="prompt {kind}" id="p{n}" tabindex="-1"><h2>{escape(str(first["prompt"]))}</h2>{about}'
         f'<div class="halves">{halves}</div></section>'
     )
 
@@ -148,6 +154,8 @@ def _half(run: Run, entry: dict[str, Any], sprite: str, named: bool) -> str:
     head = f"<h3>{escape(run.name)}</h3>" if named else ""
     shown = f'<div class="shown">{_media(run.path / entry["image"], str(entry["prompt"]))}<table>{rows}</table></div>'
     trace, looks = read_trace(run.path, Path(entry["image"]).stem)
+    if trace is not None and len(trace["events"]) * len(trace["events"][0]["rewards"]) > CELLS:
+        looks = None  # or the page would be too large
     tree = _tree(trace, looks, sprite) if trace is not None else ""
     search = _history(entry["search"]) if "search" in entry else ""
     return f"<div>{head}{shown}{tree}{search}</div>"
@@ -166,7 +174,9 @@ def _tree(trace: dict[str, Any], looks: Any, sprite: str) -> str:
             for c in range(k)
         )
         ess = f"ESS {number(event['ess'])} of {k}"
-        rows.append(f'<div class="event"><p>after step {event["done"]}, {ess}</p><div class="cells">{cells}</div></div>')
+        rows.append(
+            f'<div class="event"><p>after step {number(event["done"])}, {ess}</p><div class="cells">{cells}</div></div>'
+        )
         if n + 1 < len(events):
             rows.append(descent(event["ancestors"]))
     done = [e["done"] for e in events]
@@ -247,10 +257,6 @@ def _data(picture: Any, format: str) -> str:
     file = io.BytesIO()
     picture.save(file, format=format, **({"quality": 85} if format == "JPEG" else {"optimize": True}))
     return f"data:image/{format.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def _anchor(entry: dict[str, Any]) -> str:
-    return f"p{Path(entry['image']).stem}"
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -125,23 +125,29 @@ class Scorer:
         own, reward, real = reward is None, reward or self.reward, len(set(rows))
         each = count // len(self.prompts)
         ctx, texts = Context(done, steps, self.embedded), [self.prompts[i // each] for i in rows]
-        if own and self.looks and (shown := small(samples[:real], self.looks)) is not None:
-            self._looks.append(shown)
+        shown = small(samples[:real], self.looks) if own and self.looks else None
+        aside: dict[str, Tensor] = {}
         if own and self.aside:
             with self.ledger.timed("held-out"), torch.no_grad():
                 for name, r in self.aside.items():
-                    said = checked(r, samples, texts, ctx)[:real].cpu().double()
-                    self._aside.setdefault(name, []).append(said)
-                self.ledger.held_out_calls += real * len(self.aside)
-        if reward is None:
-            return torch.zeros(real, dtype=torch.float64)
+                    aside[name] = checked(r, samples, texts, ctx)[:real].cpu().double()
+        scores = torch.zeros(real, dtype=torch.float64)
+        if reward is not None:
+            scores = self._told(reward, samples, texts, ctx)
+            self.ledger.reward_calls += real
+        # noted once all went well: a block that does not fit into memory is tried again in parts
+        if shown is not None:
+            self._looks.append(shown)
+        for name, said in aside.items():
+            self._aside.setdefault(name, []).append(said)
+        self.ledger.held_out_calls += real * len(aside)
+        return scores[:real].cpu().double()
+
+    def _told(self, reward: Reward, samples: Tensor, texts: list[str], ctx: Context) -> Tensor:
         with self.ledger.timed("reward"), torch.no_grad():
             if isinstance(reward, RankEnsemble):
-                scores = torch.stack([checked(r, samples, texts, ctx).double().cpu() for r in reward.rewards], 1)
-            else:
-                scores = checked(reward, samples, texts, ctx)
-        self.ledger.reward_calls += real
-        return scores[:real].cpu().double()
+                return torch.stack([checked(r, samples, texts, ctx).double().cpu() for r in reward.rewards], 1)
+            return checked(reward, samples, texts, ctx)
 
 
 class Selection:
@@ -223,7 +229,7 @@ def checked(reward: Reward, samples: Tensor, prompts: Sequence[str], ctx: Contex
     """
     try:
         scores = torch.as_tensor(reward.rate(samples, prompts, ctx))
-    except DiffsteerError:
+    except (DiffsteerError, torch.OutOfMemoryError):  # of memory fewer rows are tried
         raise
     except Exception as error:
         culprit = next((p for s, p in zip(samples, prompts, strict=True) if _raises(reward, s, p, ctx)), None)

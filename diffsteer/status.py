@@ -22,15 +22,17 @@ def status(folder: str | Path) -> tuple[list[str], bool]:
     path = Path(folder)
     if not (path / RUN).is_file() and not (path / MANIFEST).is_file():
         raise DiffsteerError(f"{folder} is no folder of results: it has neither {RUN} nor {MANIFEST}")
-    done = {e["id"] for e in lines_of(path / MANIFEST) if (path / e["image"]).is_file()}
-    failed = {e["id"]: e for e in lines_of(path / ERRORS) if e["id"] not in done}
-    prompts = _prompts(path / RUN) or len(done) + len(failed)
+    prompts = _prompts(path / RUN)
+    entries = [e for e in lines_of(path / MANIFEST, "id", "image") if is_inside(path, e["image"])]
+    done = {e["id"] for e in entries if prompts is None or _index(e["image"]) < prompts}  # lines of other prompts stay, too
+    failed = {e["id"]: e for e in lines_of(path / ERRORS, "id", "prompt", "error") if e["id"] not in done}
+    prompts = len(done) + len(failed) if prompts is None else prompts
     missing = max(0, prompts - len(done) - len(failed))
     parts = [f"{len(done)} of {prompts} prompts done"]
     parts += [f"{len(failed)} failed"] if failed else []
     parts += [f"{missing} to do"] if missing else []
     lines = [f"{folder}: {', '.join(parts)}"]
-    pace = paced(list(lines_of(path / TIMINGS)))
+    pace = paced(list(lines_of(path / TIMINGS, "ids", "seconds")))
     if pace is not None:
         rate, outside = pace
         left = f"; what is left takes about {_duration((missing + len(failed)) / rate)}" if missing + len(failed) else ""
@@ -40,15 +42,27 @@ def status(folder: str | Path) -> tuple[list[str], bool]:
     return lines, not missing and not failed
 
 
-def lines_of(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a file that are objects; one that is being written is passed over."""
+def is_inside(folder: Path, name: Any) -> bool:
+    """Is that a file in the folder, wherever a manifest says it is?"""
+    path = folder / str(name)
+    return path.is_file() and path.resolve().is_relative_to(folder.resolve())
+
+
+def _index(image: str) -> int:
+    """The place in the list of prompts that a picture's name tells."""
+    stem = Path(image).stem
+    return int(stem) if stem.isascii() and stem.isdigit() else 0
+
+
+def lines_of(path: Path, *keys: str) -> Iterator[dict[str, Any]]:
+    """The whole lines of a file that are objects with such keys; one that is being written is passed over."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    for line in text.rpartition("\n")[0].splitlines():
+    for line in text.rpartition("\n")[0].split("\n"):
         try:
             entry = json.loads(line)
         except ValueError:
             continue
-        if isinstance(entry, dict):
+        if isinstance(entry, dict) and all(key in entry for key in keys):
             yield entry
 
 

@@ -54,8 +54,13 @@ def read_trace(folder: Path, name: str) -> tuple[dict[str, Any] | None, Image.Im
 
     try:
         told: dict[str, Any] = json.loads((folder / FOLDER / f"{name}.json").read_text())
-        told["events"], told["chosen"]
-    except (OSError, ValueError, KeyError, TypeError):
+        chosen, counts = int(told["chosen"]), {len(e["ancestors"]) for e in told["events"]}
+        whole = [(float(e["done"] + 0), e["ess"], len(e["rewards"]), len(e["log_weights"])) for e in told["events"]]
+        ancestors = [int(a) for e in told["events"] for a in e["ancestors"]]
+        (k,) = counts
+        if not whole or not all(0 <= a < k for a in [chosen, *ancestors]) or any(w[2:] != (k, k) for w in whole):
+            return None, None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None, None
     try:
         with Image.open(folder / FOLDER / f"{name}.png") as picture:

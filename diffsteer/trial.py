@@ -323,7 +323,9 @@ def along_ways(drafts: Sequence[Outcome], number: int) -> list[Outcome]:
     way = sorted((d for d in ways[0] if d.slot <= drafts[0].slot), key=lambda d: d.slot)
     places = torch.linspace(len(way) - 1, 0, max(number - len(others), 1)).round().long().tolist()
     back = [way[i] for i in dict.fromkeys(places)]
-    return [*back[:1], *others, *back[1:]][:number]
+    chosen = [*back[:1], *others, *back[1:]]
+    rest = [d for d in drafts if all(d is not c for c in chosen)]
+    return [*chosen, *rest][:number]
 
 
 def _direction(draft: Outcome) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from diffsteer.folder import append, cut_unfinished, finite, replacing
+from diffsteer.folder import append, finite, replacing, whole_lines
 from diffsteer.prompts import Item
 from diffsteer.tuning import FAILED, PLAIN, Measured, Trial, best_of
 from diffsteer.types import DiffsteerError
@@ -32,7 +32,7 @@ class Record:
     parameters: dict[int, dict[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for number, text in enumerate(cut_unfinished(self.path).splitlines(), 1):
+        for number, text in enumerate(whole_lines(self.path), 1):
             try:
                 line = json.loads(text)
                 reward = math.nan if line["reward"] is None else line["reward"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -79,7 +79,8 @@ class Work:
     def estimate(self, items: Sequence[Item]) -> Ledger:
         """What items will cost, those for which the same is asked together."""
         total = Ledger()
-        for group in batches(sorted(items, key=lambda i: i.asked), len(items)):
+        alike = [replace(i, overrides={k: v for k, v in i.overrides.items() if k != "seed"}) for i in items]
+        for group in batches(sorted(alike, key=lambda i: i.asked), len(items)):
             call = self.call(group[0])
             cost = self.steered(group[0]).estimate(len(group), call.pop("num_inference_steps"), **call)
             for name, number in cost.counts.items():

@@ -31,12 +31,14 @@ class Classifier(Reward):
     Cost: one pass a sample.
 
     Args:
-        model: a file: .onnx (wants the package onnxruntime; without gradients), a program of `torch.export` (.pt2), a linear
-            head as .safetensors or .pth; or, from Python, a `torch.nn.Module`, (N, 3, S, S) or features (N, D) -> (N, classes).
+        model: a file: .onnx (wants the package onnxruntime; without gradients), a program of `torch.export` (.pt2, with
+            ``trust=true``), a linear head as .safetensors or .pth; or, from Python, a `torch.nn.Module`, (N, 3, S, S) or
+            features (N, D) -> (N, classes).
         label: the number of the class. output: logit | log_probability | probability.
         features: the classifier reads features of CLIP; always so for a linear head.
         size: side of the pictures. mean, std: of the channels. resize: squash | crop | pad.
         rows: pictures a call, for a program that was exported for so many; None for any number.
+        trust: open a .pt2 file, which can run any code while torch reads it.
         model_name, pretrained: of the CLIP, as in `ClipScore`. device: where all runs.
 
     Raises:
@@ -52,6 +54,7 @@ class Classifier(Reward):
     std: Sequence[float] = field(default=(0.229, 0.224, 0.225))
     resize: str = setting("squash", choices=RESIZE)
     rows: int | None = None
+    trust: bool = False
     model_name: str | None = None
     pretrained: str | None = None
     device: str | None = None
@@ -132,6 +135,9 @@ class Classifier(Reward):
         if path.suffix == ".onnx":
             return _onnx(path)
         if path.suffix == ".pt2":
+            if not self.trust:
+                told = "torch can run any code that is in it; if you trust it, give trust=true, or take ONNX"
+                raise DiffsteerError(f"classifier: {path.name} is a program of torch.export, and is not opened: {told}")
             try:
                 return torch.export.load(path).module().to(device)
             except Exception as error:

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from diffsteer.media import picture_of
 from diffsteer.reward import Reward
-from diffsteer.types import Context, DiffsteerError, check_numbers, setting
+from diffsteer.types import Context, DiffsteerError, RewardError, check_numbers, setting
 
 QUESTION = (
     'Rate how well this picture shows "{prompt}", from {low} (nothing of it) to {high} (all of it). '
     "Answer with the number alone."
 )
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # statuses after which it is worth asking again
+OF_ONE = (400, 413, 415, 422)  # statuses that are about one picture or prompt
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)")
 MOST = 20_000  # answers that are remembered
 
@@ -93,22 +94,20 @@ class RemoteJudge(Reward):
     def score(self, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
         """Images (N, 3, H, W) in [0, 1] -> (N,). NaN for an image with NaN, and where there is no answer with a number."""
         self.prepare(prompts, ctx)
-        asked = [(image, prompt, bool(image.isnan().any())) for image, prompt in zip(samples, prompts, strict=True)]
+        shown = [None if bool(image.isnan().any()) else _png(image) for image in samples]
+        keys = [None if png is None else _digest(png, prompt) for png, prompt in zip(shown, prompts, strict=True)]
+        new = {k: (png, p) for k, png, p in zip(keys, shown, prompts, strict=True) if k is not None and k not in self._known}
+        if len(self._known) + len(new) > MOST:
+            self._known.clear()
         with ThreadPoolExecutor(self.parallel) as pool:  # `map` keeps the order
-            found = list(pool.map(lambda a: float("nan") if a[2] else self._rate(a[0], a[1]), asked))
+            said = pool.map(lambda asked: self._rate(asked[0], asked[1]), new.values())
+            self._known |= dict(zip(new, said, strict=True))
+        found = [float("nan") if key is None else self._known[key] for key in keys]
         return torch.tensor(found, dtype=torch.float32, device=samples.device)
 
-    def _rate(self, image: Tensor, prompt: str) -> float:
-        file = io.BytesIO()
-        picture_of(image).save(file, format="PNG")
-        digest = hashlib.sha256(file.getvalue() + prompt.encode()).hexdigest()
-        if digest not in self._known:
-            if len(self._known) >= MOST:
-                self._known.clear()
-            question = self.question.replace("{low}", f"{self.low:g}").replace("{high}", f"{self.high:g}")
-            question = question.replace("{prompt}", prompt)
-            self._known[digest] = self._answer(question, base64.b64encode(file.getvalue()).decode())
-        return self._known[digest]
+    def _rate(self, png: bytes, prompt: str) -> float:
+        question = self.question.replace("{low}", f"{self.low:g}").replace("{high}", f"{self.high:g}")
+        return self._answer(question.replace("{prompt}", prompt), base64.b64encode(png).decode())
 
     def _answer(self, question: str, png: str) -> float:
         picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png}"}}
@@ -117,9 +116,9 @@ class RemoteJudge(Reward):
         said = ""
         for _ in range(self.retries + 1):
             said = self._post(body)
-            number = _NUMBER.search(said)
-            if number is not None and self.low <= float(number[0]) <= self.high:
-                return float(number[0])
+            number = number_in(said)
+            if number is not None and self.low <= number <= self.high:
+                return number
         wanted = f"no number from {self.low:g} to {self.high:g}"
         warnings.warn(f"remote_judge: {self.model} answered {said[:60]!r}, {wanted}", stacklevel=2)
         return float("nan")
@@ -144,9 +143,28 @@ class RemoteJudge(Reward):
             raise DiffsteerError(
                 f"remote_judge: {address} does not answer ({type(error).__name__}: {str(error)[:200]})"
             ) from error
+        if got.status_code in OF_ONE:
+            raise RewardError(f"remote_judge: {address} answered {got.status_code} {got.reason}: {got.text[:200]}")
         if not got.ok:
             raise DiffsteerError(f"remote_judge: {address} answered {got.status_code} {got.reason}: {got.text[:200]}")
         try:
             return str(got.json()["choices"][0]["message"]["content"])
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise DiffsteerError(f"remote_judge: {address} answered what is no completion: {got.text[:200]}") from error
+
+
+def number_in(answer: str) -> float | None:
+    """The number that an answer begins with, or the only one in it; of several nobody knows which is meant."""
+    numbers = _NUMBER.findall(answer)
+    begins = _NUMBER.match(answer.strip().lstrip("*\"'"))
+    return float(begins[0]) if begins else float(numbers[0]) if len(numbers) == 1 else None
+
+
+def _png(image: Tensor) -> bytes:
+    file = io.BytesIO()
+    picture_of(image).save(file, format="PNG")
+    return file.getvalue()
+
+
+def _digest(png: bytes, prompt: str) -> str:
+    return hashlib.sha256(png + prompt.encode()).hexdigest()

@@ -90,7 +90,8 @@ class VqaScore(Reward):
             model = model.to(usual_device(self.device), getattr(torch, self.dtype))
             first = [processor.tokenizer(answer, add_special_tokens=False).input_ids[:1] for answer in ANSWERS]
             unknown = processor.tokenizer.unk_token_id
-            answers = sorted({ids[0] for ids in first if ids and ids[0] != unknown})
+            firsts = {ids[0] for ids in first if ids and ids[0] != unknown}
+            answers = sorted(i for i in firsts if processor.tokenizer.decode([i]).strip().lower() == "yes")  # whole words
             if not answers:
                 raise DiffsteerError(f"vqa_score: the tokenizer of {self.model} has no word for yes")
             self._loaded = model, processor, answers

@@ -139,6 +139,55 @@ def test_two_runs_side_by_side(run: Path, other: Path) -> None:
     assert f"{searched['scored']} samples scored; {searched['stopped']}" in words and "Drafts and their finals" in words
 
 
+def test_a_folder_that_somebody_else_made_runs_nothing(tmp_path: Path, run: Path) -> None:
+    """Names, numbers and paths of its files are told as texts, or not at all."""
+    nasty = 'x" onmouseover="alert(1).png'
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / nasty)
+    entry: dict[str, Any] = {"prompt": "a", "seed": 0, "reward": 1.0, "ledger": {}, "settings": "s"}
+    lines: list[dict[str, Any]] = [{"id": 0, "image": f"images/{nasty}"}, {"id": 1, "image": "../outside.png"}, {"id": 2}]
+    Image.new("RGB", (8, 8)).save(tmp_path.parent / "outside.png")
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(entry | line) + "\n" for line in lines))
+    (tmp_path / "trace").mkdir()
+    event: dict[str, Any] = {
+        "done": "<script>alert(1)</script>",
+        "rewards": [1.0],
+        "log_weights": [0.0],
+        "ess": 1.0,
+        "ancestors": [0],
+    }
+    told: dict[str, Any] = {"chosen": 0, "events": [event]}
+    (tmp_path / "trace" / f"{Path(nasty).stem}.json").write_text(json.dumps(told))
+    html = write_report([tmp_path]).read_text()
+    page = Page(html)
+    assert "onmouseover" not in html and "alert(1)" not in html and len(page.of("section", class_="prompt")) == 1
+    (policy,) = page.of("meta", content="default-src 'none'")
+    assert "script-src 'sha256-" in str(policy["content"])
+    broken: list[dict[str, Any]] = [
+        {"chosen": 3},
+        {"events": []},
+        {"events": [event | {"done": 1, "rewards": []}]},
+        {"events": 3},
+    ]
+    for wrong in broken:
+        (tmp_path / "trace" / f"{Path(nasty).stem}.json").write_text(json.dumps(told | wrong))
+        assert read_trace(tmp_path, Path(nasty).stem) == (None, None)
+
+
+def test_every_tile_leads_to_its_own_section(tmp_path: Path) -> None:
+    entry: dict[str, Any] = {"prompt": "a", "seed": 0, "reward": 1.0, "ledger": {}, "settings": "s"}
+    for name, ids in (("one", range(70)), ("other", ["x", "y"])):
+        (tmp_path / name / "images").mkdir(parents=True)
+        lines = [entry | {"id": i, "image": f"images/{n:03d}.png"} for n, i in enumerate(ids)]
+        for n in range(len(lines)):
+            Image.new("RGB", (4, 4)).save(tmp_path / name / f"images/{n:03d}.png")
+        (tmp_path / name / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines * 2))  # twice
+    told = Page(page_of(tmp_path / "other", tmp_path / "one"))
+    ids = [str(a["id"]) for a in told.of("section", class_="prompt")]
+    links = [a["href"] for a in told.of("a") if a.get("href")]
+    assert len(ids) == len(set(ids)) == 64 and links == [f"#{i}" for i in ids] and len(told.of("a")) == 72
+
+
 def test_clips_sounds_and_what_is_missing(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (16, 8), (40 * i, 0, 0)) for i in range(3)]
     (tmp_path / "videos").mkdir()

@@ -68,6 +68,12 @@ def broken(**changed: Any) -> Callable[[], Reward]:
     return type("Broken", (Good,), body)
 
 
+def changing(x: Tensor, p: Sequence[str]) -> Tensor:
+    scores = x[:, 0].mean((1, 2))
+    x.detach().clamp_(0.2, 0.8)
+    return scores
+
+
 count = iter(range(10**6))
 BROKEN = [
     ({"name": "reward"}, "none of its own"),
@@ -90,14 +96,28 @@ BROKEN = [
     ({"score": lambda x, p: x[:, 0].mean((1, 2)) / torch.tensor([float(len(t)) for t in p])}, "needs_prompt is False"),
     ({"needs_prompt": True}, "no prompt matters"),
     ({"differentiable": False}, "differentiable=False is not so"),
+    ({"deterministic": False, "differentiable": False}, "differentiable=False is not so"),
+    ({"score": changing}, "changes the samples"),
+    ({"score": lambda x, p: x[:, 0].mean((1, 2)) * (0.5 + torch.rand(1) / 2)}, "the second time|random state"),
     ({"score": lambda x, p: x.detach()[:, 0].mean((1, 2))}, "differentiable=True is not so"),
     ({"score": lambda x, p: (x[:, 0].mean((1, 2)) - 0.5).relu()}, "a gradient is zero"),
     ({"pooled": True, "score": lambda x, p: x[:, 0].mean((1, 2)) * (1 + torch.arange(len(x))) / 9}, "the order of a pool"),
 ]
 
 
+class Prepared(Good):
+    """The mean red, once it was prepared."""
+
+    def prepare(self, prompts: Sequence[str], ctx: Context) -> None:
+        self.weight = torch.ones(3)
+
+    def score(self, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
+        return samples[:, 0].mean((1, 2)) * self.weight[0]
+
+
 def test_a_reward_that_keeps_its_promises_passes() -> None:
     check_reward(Good)
+    check_reward(Prepared)
     check_reward(lambda: Good(), five_images()[:, :, :8], ["a"] * 5)
 
 

@@ -21,7 +21,8 @@ from diffsteer import rewards
 from diffsteer.media import picture_of
 from diffsteer.rewards.image_reward import CENTRE, MEAN, SCALE, STD
 from diffsteer.rewards.open_clip_model import fit
-from diffsteer.types import Context, DiffsteerError
+from diffsteer.rewards.remote_judge import number_in
+from diffsteer.types import Context, DiffsteerError, RewardError
 
 CTX = Context()
 PROMPTS = ["a red star", "two blue rings", "a yellow star left of a ring", "a cross", "the star"]
@@ -176,11 +177,11 @@ def test_a_module_an_exported_program_and_onnx_say_the_same(net: Net, images: Te
     assert net.training and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())  # the user's stays as it was
     assert all(p.requires_grad for p in net.parameters())
     for name, rows in (("any.pt2", None), ("four.pt2", 4), ("any.onnx", None), ("two.onnx", None)):
-        reward = rewards.Classifier(str(tmp_path / name), 1, size=16, rows=rows)
+        reward = rewards.Classifier(str(tmp_path / name), 1, size=16, rows=rows, trust=True)
         torch.testing.assert_close(reward.score(images, PROMPTS, CTX), wanted, rtol=1e-4, atol=1e-5)
         assert reward.differentiable == name.endswith("pt2")
     x = images.clone().requires_grad_()
-    live = rewards.Classifier(str(tmp_path / "any.pt2"), 1, size=16).score(x, PROMPTS, CTX)
+    live = rewards.Classifier(str(tmp_path / "any.pt2"), 1, size=16, trust=True).score(x, PROMPTS, CTX)
     (gradient,) = torch.autograd.grad(live.sum(), x)
     assert bool(gradient.flatten(1).any(1).all())
 
@@ -255,6 +256,31 @@ def test_a_judge_asks_again(images: Tensor) -> None:
     with judge(replies((503, "busy"), (429, "slowly"), (200, "none of it"), (200, "11"), (200, "7 of 10")), seen) as url:
         found = rewards.RemoteJudge(url, "m", retries=4).score(images[:1], ["a"], CTX)
     assert found.tolist() == [7.0] and len(seen) == 5
+
+
+@pytest.mark.parametrize(
+    ("answer", "number"),
+    [
+        ("7", 7),
+        (" 7.5/10", 7.5),
+        ("**8** of 10", 8),
+        ("I would say 3.", 3),
+        ("From 0 to 10: 7", None),
+        ("none", None),
+        ("-1", -1),
+    ],
+)
+def test_which_number_is_meant(answer: str, number: float | None) -> None:
+    assert number_in(answer) == number
+
+
+def test_equal_pictures_are_asked_about_once_and_a_refused_one_is_its_own_matter(images: Tensor) -> None:
+    seen: list[dict[str, Any]] = []
+    with judge(seen=seen) as url:
+        found = rewards.RemoteJudge(url, "m").score(images[:1].expand(4, -1, -1, -1), ["a", "a", "b", "a"], CTX)
+    assert len(seen) == 2 and found[0] == found[1] == found[3]
+    with judge(lambda *of: (422, "not this one")) as url, pytest.raises(RewardError, match="422"):
+        rewards.RemoteJudge(url, "m").score(images[:1], ["a"], CTX)
 
 
 def test_an_answer_without_a_number_loses(images: Tensor) -> None:
@@ -349,7 +375,7 @@ def test_wrong_files_are_refused(others: Path, tmp_path: Path, images: Tensor) -
         ("shape.pt", r"head.7.bias has shape \[2\], not \[1\]"),
     ):
         refused(rewards.ImageReward(str(tmp_path / file), bert), said)
-    refused(rewards.ImageReward(str(others / "ImageReward.pt"), str(tmp_path)), "is not the checkpoint's tokenizer")
+    refused(rewards.ImageReward(str(others / "ImageReward.pt"), str(tmp_path)), "is not that of the checkpoint")
     refused(rewards.HumanPreference(str(tmp_path / "whole.pth")), "not a file of plain tensors")
     refused(rewards.HumanPreference(str(others / "linear.safetensors"), name), "local-dir:nowhere could not be made")
     refused(rewards.PickScore(str(tmp_path), str(others / "pick")), "could not be loaded")
@@ -357,7 +383,8 @@ def test_wrong_files_are_refused(others: Path, tmp_path: Path, images: Tensor) -
     refused(rewards.Classifier(str(tmp_path / "whole.pth")), "not a file of plain tensors")
     refused(rewards.Classifier(str(tmp_path / "other.pt")), "could hold any code, so it is not opened")
     refused(rewards.Classifier(str(tmp_path / "net.pt")), "could hold any code, so it is not opened")
-    refused(rewards.Classifier(str(tmp_path / "text.pt2")), "no program of torch.export")
+    refused(rewards.Classifier(str(tmp_path / "text.pt2"), trust=True), "no program of torch.export")
+    refused(rewards.Classifier(str(tmp_path / "text.pt2")), "torch can run any code that is in it")
     refused(rewards.Classifier(), "model=None; wanted an .onnx file")
     refused(rewards.RemoteJudge(), "url=None")
     refused(rewards.RemoteJudge("http://127.0.0.1"), "which model")
