@@ -110,6 +110,7 @@ METHODS: dict[str, Callable[[int], Made]] = {
 }
 
 STEPS_OF = {"fk_short": 15, "fk_third": 10, "pool_short": 15, "pool_third": 10}
+LABELS = {"fk_short": "FK(2N), 15 steps", "fk_third": "FK(3N), 10 steps", "fk": "FK(N)"}
 POOLS: dict[str, tuple[str, Any]] = {
     "pool": ("best of N", BestOfN(MOST)),
     "pool_ode": ("best of N, no noise", BestOfN(MOST, eta=0.0)),
@@ -246,6 +247,8 @@ def show(work: Path | None, development: bool, plot: Path | None) -> None:
     points: dict[str, list[tuple[float, float, float, float, float]]] = defaultdict(list)
     for (method, units), by_case in sorted(table.items(), key=lambda kv: (kv[0][0] != "best of N", kv[0])):
         ids = sorted(by_case)
+        if len(ids) < len(cases_of(development)):  # under way
+            continue
         clusters = [by_case[i]["caption"] for i in ids]
         right = np.array([float(by_case[i]["right"][0]) for i in ids])
         mean, low, high = interval(right, clusters)
@@ -258,8 +261,8 @@ def show(work: Path | None, development: bool, plot: Path | None) -> None:
         averages = [np.mean([by_case[i][k] for i in ids]) for k in ("evaluations", "decodes", "reward_calls")]
         averages.append(np.mean([by_case[i]["seconds"] / by_case[i]["plain_seconds"] for i in ids]))
         reward, held = (np.mean([by_case[i][k][0] for i in ids]) for k in ("rewards", "second"))
-        points[method].append((averages[0], averages[3], mean, low, high))
-        print(f"| {method} | {units} | {mean:.3f} ({low:.3f}, {high:.3f}) | {gain} | {reward:.1f} | {held:.1f} | "
+        points[LABELS.get(method, method)].append((averages[0], averages[3], mean, low, high))
+        print(f"| {LABELS.get(method, method)} | {units} | {mean:.3f} ({low:.3f}, {high:.3f}) | {gain} | {reward:.1f} | {held:.1f} | "
               f"{averages[0]:.0f} | {averages[1]:.0f} | {averages[2]:.0f} | {averages[3]:.2f} |")  # fmt: skip
     if plot is not None:
         draw(points, plot)
