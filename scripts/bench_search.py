@@ -261,8 +261,9 @@ def show(work: Path | None, development: bool, plot: Path | None) -> None:
         averages = [np.mean([by_case[i][k] for i in ids]) for k in ("evaluations", "decodes", "reward_calls")]
         averages.append(np.mean([by_case[i]["seconds"] / by_case[i]["plain_seconds"] for i in ids]))
         reward, held = (np.mean([by_case[i][k][0] for i in ids]) for k in ("rewards", "second"))
-        points[LABELS.get(method, method)].append((averages[0], averages[3], mean, low, high))
-        print(f"| {LABELS.get(method, method)} | {units} | {mean:.3f} ({low:.3f}, {high:.3f}) | {gain} | {reward:.1f} | {held:.1f} | "
+        label = LABELS.get(method, method)
+        points[label].append((averages[0], averages[3], mean, low, high))
+        print(f"| {label} | {units} | {mean:.3f} ({low:.3f}, {high:.3f}) | {gain} | {reward:.1f} | {held:.1f} | "
               f"{averages[0]:.0f} | {averages[1]:.0f} | {averages[2]:.0f} | {averages[3]:.2f} |")  # fmt: skip
     if plot is not None:
         draw(points, plot)
