@@ -84,6 +84,14 @@ def test_metadata_of_geneval_and_tables_keep_what_they_say(tmp_path: Path) -> No
     assert read_items(tmp_path / "d.csv")[0].about == {"No.": "1", "Category": "Colors"}
 
 
+def test_tabs_with_quotes_as_they_stand(tmp_path: Path) -> None:
+    """As in PartiPrompts: no field is quoted, and some begin with a quote."""
+    (tmp_path / "p.tsv").write_text('Prompt\tCategory\n"hi" on a sign\tText\na 5" disk\tThings\n')
+    assert [i.prompt for i in read_items(tmp_path / "p.tsv")] == ['"hi" on a sign', 'a 5" disk']
+    (tmp_path / "p.tsv").write_text('Prompt\tCategory\n"a\tb"\tText\n')  # quoted, since it holds a tab
+    assert [i.prompt for i in read_items(tmp_path / "p.tsv")] == ["a\tb"]
+
+
 OWN = {"seed": 7, "negative_prompt": "a, b", "guidance_scale": 2.5, "num_inference_steps": 3, "width": 16, "height": 8}
 
 
