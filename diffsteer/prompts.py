@@ -289,7 +289,7 @@ def _item(index: int, row: Any, where: str) -> Item:
         if not right(value):
             raise DiffsteerError(f"{where}: {name}={value!r}; wanted {wanted}")
     try:
-        json.dumps([id, row["prompt"], overrides], allow_nan=False, ensure_ascii=False).encode()
+        json.dumps(overrides, allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError) as error:  # an unpaired surrogate is a ValueError, too
         raise DiffsteerError(f"{where}: it cannot be kept as JSON, in Unicode ({error})") from error
     about = {str(k): _plain(v) for k, v in row.items() if k not in ("prompt", "id", *OVERRIDES)}

@@ -48,7 +48,7 @@ def test_one_prompt_equals_the_python_face(generate: Any, manifest: Any, toy_fol
     assert entry["ledger"] == {"evaluations": 16, "decodes": 6, "reward_calls": 6}
     assert len(entry["settings"]) == 64
     assert out.images is not None and pixels(tmp_path / "o/images/000.png") == out.images[0].tobytes()
-    made = [".hydra", "grid.png", "images", "manifest.jsonl", "timings.jsonl"]
+    made = [".hydra", ".leases", "grid.png", "images", "manifest.jsonl", "run.json", "timings.jsonl", "trace"]
     assert sorted(p.name for p in (tmp_path / "o").iterdir()) == made
     assert '"seconds"' in (tmp_path / "o/timings.jsonl").read_text()
     assert OmegaConf.load(tmp_path / "o/.hydra/config.yaml").prompt == PROMPT
@@ -216,20 +216,20 @@ def test_the_version_does_not_import_torch(tmp_path: Path) -> None:
 
 def test_a_plug_in_is_an_option_like_any_other(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     @dataclass(eq=False)
-    class Brightness(Compressibility):
+    class Glow(Compressibility):
         weight: float = 2.0
-        name: ClassVar[str] = "brightness"
+        name: ClassVar[str] = "glow"
 
     class Point:
-        name, value = "brightness", "elsewhere:Brightness"
-        load = staticmethod(lambda: Brightness)
+        name, value = "glow", "elsewhere:Glow"
+        load = staticmethod(lambda: Glow)
 
     monkeypatch.setattr("diffsteer.registry.entry_points", lambda group: [Point()] if group == "diffsteer.rewards" else [])
-    config = OmegaConf.create(command("generate", "reward=brightness", "reward.weight=3", "--cfg", "job").out)
+    config = OmegaConf.create(command("generate", "reward=glow", "reward.weight=3", "--cfg", "job").out)
     built = build("reward", config.reward)
-    assert type(built) is Brightness and built.weight == 3.0
-    assert command("generate", "reward=brightness", "reward.weight=much").code == 2
-    assert "brightness" in command("list", "rewards").out
+    assert type(built) is Glow and built.weight == 3.0
+    assert command("generate", "reward=glow", "reward.weight=much").code == 2
+    assert "glow" in command("list", "rewards").out
 
 
 def test_expressions_and_rewards_that_look_on(command: Any, manifest: Any, tmp_path: Path) -> None:
