@@ -328,7 +328,9 @@ def test_gradients_agree_with_finite_differences(name: str) -> None:
     direction /= direction.norm()
     step = SINGLE.get(name, 1e-5)
     found, arrival = opened.gradient(x, 2, objective)
-    assert not arrival.x.requires_grad and torch.equal(arrival.x, opened.segment(x, 2, 3).x)
+    assert not arrival.x.requires_grad
+    rounding = 1e-5 if name in SINGLE else 1e-12  # on some processors attention has another kernel where there is a gradient
+    torch.testing.assert_close(arrival.x, opened.segment(x, 2, 3).x, rtol=rounding, atol=rounding)
     with torch.no_grad():
         up, down = (objective(opened.segment(x + s * direction, 2, 3).x0, [0, 1]).sum() for s in (step, -step))
     central = float(up - down) / (2 * step)
