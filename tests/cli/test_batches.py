@@ -152,7 +152,7 @@ def test_wrong_files_are_one_line(name: str, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=200), st.sampled_from([".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".tar"]))
 def test_any_file_is_prompts_or_one_clear_line(tmp_path: Path, data: bytes, suffix: str) -> None:
     path = tmp_path / f"p{suffix}"
@@ -165,7 +165,7 @@ def test_any_file_is_prompts_or_one_clear_line(tmp_path: Path, data: bytes, suff
         assert items and all(isinstance(i.prompt, str) for i in items)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.text(min_size=1).filter(lambda t: t.strip() and "\x00" not in t and t.isprintable()), min_size=1, max_size=5)
 )
