@@ -13,6 +13,7 @@ from filelock import FileLock
 
 from diffsteer.blocks import Size
 from diffsteer.callable import CallableModel
+from diffsteer.files import replacing
 from diffsteer.pipeline import SteeredPipeline
 from diffsteer.registry import find
 from diffsteer.reward import Reward, WeightedSum, ZScore, prepare, terms_of
@@ -116,9 +117,8 @@ def _settled(reward: Reward, path: Path, settings_hash: str, measure: Callable[[
             raise DiffsteerError(f"{path.name} holds no scales of this reward: delete it to measure anew") from error
     made = measure()
     scales = [{"name": z.name, "mean": z.mean, "std": z.std} for z in _measured(reward, made)]
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps({"settings": settings_hash, "scales": scales}, indent=1))
-    part.replace(path)
+    with replacing(path) as part:
+        part.write_text(json.dumps({"settings": settings_hash, "scales": scales}, indent=1))
     return made
 
 

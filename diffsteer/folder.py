@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffsteer import media
+from diffsteer.files import append, as_line, cut_unfinished, finite, replacing
 from diffsteer.holdout import Selected, warn_of_drift
 from diffsteer.leases import Leases
 from diffsteer.prompts import Item
@@ -208,7 +208,7 @@ class Folder:
     def _finish(self) -> None:
         asked = [item.id for item in self.items if item.id in self.entries]
         entries = [self.entries[id] for id in dict.fromkeys([*asked, *self.entries])]
-        text = "".join(_line(entry) for entry in entries)
+        text = "".join(as_line(entry) for entry in entries)
         if not (self.path / MANIFEST).is_file() or (self.path / MANIFEST).read_text(encoding="utf-8") != text:
             with replacing(self.path / MANIFEST) as part:
                 part.write_text(text, encoding="utf-8")
@@ -247,56 +247,9 @@ def _entry(line: bytes, path: Path, number: int) -> dict[str, Any]:
     return entry
 
 
-def whole_lines(path: Path) -> list[str]:
-    """The lines of a file; a last one that a stopped run left unfinished is cut off it."""
-    cut_unfinished(path)
-    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-
-
-def cut_unfinished(path: Path) -> None:
-    """Cut off a last line that a stopped run left unfinished."""
-    if not path.is_file():
-        return
-    with path.open("r+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        kept = size
-        while kept:
-            step = min(kept, 65536)
-            file.seek(kept - step)
-            at = file.read(step).rfind(b"\n")
-            if at >= 0:
-                kept += at + 1 - step
-                break
-            kept -= step
-        if kept < size:
-            file.truncate(kept)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file to write instead of `path`, which it replaces at once when it is whole."""
-    part = path.with_name(f".{path.name}.part")
-    yield part
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
 def _save(made: Any, path: Path, texts: dict[str, str]) -> None:
     with replacing(path) as part:
         media.save(made, part, texts)
-
-
-def append(path: Path, entries: Sequence[dict[str, Any]]) -> None:
-    cut_unfinished(path)  # of a process that was killed while it wrote, or found the disk full
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(_line(entry) for entry in entries))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _line(entry: dict[str, Any]) -> str:
-    return json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _facts(of: Selected, p: int) -> dict[str, float | None]:
@@ -316,9 +269,3 @@ def _drift(entries: Sequence[dict[str, Any]]) -> None:
     held = {n: whole([e["held_out"][n] for e in told if n in e["held_out"]]) for n in sorted(names)}
     if told:
         warn_of_drift(whole([e["selected"] for e in told]), held)
-
-
-def finite(value: Any) -> float | None:
-    """A finite number, or None: JSON has no others."""
-    value = float(value)
-    return value if math.isfinite(value) else None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from diffsteer.files import replacing
 from diffsteer.profiles import gits_schedule, local_deviation, loss_mass, trajectory
 from diffsteer.schedules import Given, Profile, Schedule
 from diffsteer.types import DiffsteerError, check_numbers, setting
@@ -102,9 +103,8 @@ def settled(
     print(f"schedule {schedule.name}: measured first, on {count} prompt{'s' * (count > 1)}", flush=True)
     made: Any = schedule.measured(pipe, distinct, steps, **call)
     kept = {"values": made.values} if isinstance(made, Given) else {"times": made.times, "masses": made.masses}
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps({"settings": settings_hash, **kept}))
-    part.replace(path)
+    with replacing(path) as part:
+        part.write_text(json.dumps({"settings": settings_hash, **kept}))
     return made  # type: ignore[no-any-return]
 
 

@@ -139,13 +139,14 @@ def _json(line: str) -> Any:
 
 
 def _table(path: Path, text: str, delimiter: str) -> Iterator[Row]:
-    quoting = csv.QUOTE_MINIMAL
+    quoted = True
     if delimiter == "\t":  # some write quotes in it as they stand
         try:
             list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
         except csv.Error:
-            quoting = csv.QUOTE_NONE
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
+            quoted = False
+    kind: Any = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=kind, strict=True)
     try:
         column = _column(path, list(reader.fieldnames or ()))
         for row in reader:

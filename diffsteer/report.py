@@ -16,7 +16,8 @@ import yaml
 
 from diffsteer import __version__
 from diffsteer.charts import curves, descent, number
-from diffsteer.folder import MANIFEST, replacing
+from diffsteer.files import replacing
+from diffsteer.folder import MANIFEST
 from diffsteer.sheet import first_frame
 from diffsteer.status import is_inside, lines_of, status
 from diffsteer.traces import read_trace

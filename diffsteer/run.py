@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from diffsteer import media
 from diffsteer.diversity import Diversity, diversity, features_of
+from diffsteer.files import finite_all
 from diffsteer.guidance import Guidance
 from diffsteer.guided import GuidedWalk
 from diffsteer.holdout import HeldOut, Selected, warn_of_drift
@@ -75,18 +75,18 @@ class SteeredOutput:
         torch.save({"samples": self.samples, "latents": self.latents, "log_weights": self.log_weights}, folder / "particles.pt")
         record = {
             "prompts": self.prompts,
-            "rewards": _finite(self.rewards),
-            "log_weights": _finite(self.log_weights),
-            "log_z": _finite(self.log_z),
+            "rewards": finite_all(self.rewards),
+            "log_weights": finite_all(self.log_weights),
+            "log_z": finite_all(self.log_z),
             "chosen": self.chosen.tolist(),
             "events": [
                 {
                     "done": e.done,
-                    "rewards": _finite(e.rewards),
-                    "ess": _finite(e.ess),
+                    "rewards": finite_all(e.rewards),
+                    "ess": finite_all(e.ess),
                     "ancestors": e.ancestors.tolist(),
                     "resampled": e.resampled.tolist(),
-                    "exponent": _finite(e.exponent),
+                    "exponent": finite_all(e.exponent),
                 }
                 for e in self.trace.events
             ],
@@ -109,15 +109,8 @@ def told_aside(steered: Selected, aside: Mapping[str, Selected], scores: Mapping
 
 def told_of(held: HeldOut, steered: Selected | None) -> dict[str, Any]:
     """What a record keeps of a reward that looked on."""
-    told = {"scores": _finite(held.scores), "gains": _finite(held.selected.gains)}
-    return told | ({} if steered is None else {"gains_of_the_reward": _finite(steered.gains)})
-
-
-def _finite(values: Tensor) -> Any:
-    """As lists, with None for what JSON has no number for."""
-    if values.ndim > 1:
-        return [_finite(v) for v in values]
-    return [v if math.isfinite(v) else None for v in values.tolist()]
+    told = {"scores": finite_all(held.scores), "gains": finite_all(held.selected.gains)}
+    return told | ({} if steered is None else {"gains_of_the_reward": finite_all(steered.gains)})
 
 
 def timing_of(sampler: Sampler | None, guide: Guidance | None) -> Timing | None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffsteer.files import replacing
 from diffsteer.types import DiffsteerError, nearest
 
 SHARDS, TABLE = "shards", "manifest.parquet"
@@ -33,8 +34,6 @@ def write_webdataset(folder: Path, entries: Entries) -> None:
     """``shards/00000.tar`` and so on, a thousand prompts each: of every one its picture (clip, sound), its prompt as KEY.txt,
     and as KEY.json what was asked for, so that shards can be asked for again, and its line of the manifest, ``made``. KEY is
     the name of its picture. The same entries give the same bytes."""
-    from diffsteer.folder import replacing
-
     shards = folder / SHARDS
     shards.mkdir(exist_ok=True)
     wanted = {f"{n:05d}.tar": entries[i : i + SAMPLES] for n, i in enumerate(range(0, len(entries), SAMPLES))}
@@ -56,8 +55,6 @@ def write_webdataset(folder: Path, entries: Entries) -> None:
 def write_parquet(folder: Path, entries: Entries) -> None:
     """``manifest.parquet``: a row a prompt, its numbers as columns (those of the ledger and of held-out rewards by
     ``ledger.NAME`` and ``held_out.NAME``), everything else as JSON in the column ``rest``."""
-    from diffsteer.folder import replacing
-
     pyarrow, parquet = _pyarrow()
     rows = [_row(entry) for entry in entries]
     columns = sorted({name for row in rows for name in row})

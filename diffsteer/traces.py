@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+from diffsteer.files import finite, finite_all, replacing
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,12 +28,12 @@ def write_trace(folder: Path, name: str, out: SteeredOutput, p: int) -> None:
     events = [
         {
             "done": e.done,
-            "rewards": _finite(e.rewards[p]),
-            "log_weights": _finite(e.log_weights[p]),
-            "ess": _finite(e.ess[p : p + 1])[0],
+            "rewards": finite_all(e.rewards[p]),
+            "log_weights": finite_all(e.log_weights[p]),
+            "ess": finite(e.ess[p]),
             "ancestors": e.ancestors[p].tolist(),
             "resampled": bool(e.resampled[p]),
-            "exponent": _finite(e.exponent[p : p + 1])[0],
+            "exponent": finite(e.exponent[p]),
         }
         for e in out.trace.events
     ]
@@ -40,12 +41,10 @@ def write_trace(folder: Path, name: str, out: SteeredOutput, p: int) -> None:
     told: dict[str, Any] = {"steps": events[-1]["done"], "chosen": int(out.chosen[p]), "events": events}
     if looks:
         told["look"] = [looks[0].shape[-1], looks[0].shape[-2]]
-        part = folder / FOLDER / f".{name}.png.part"
-        _sprite(looks).save(part, format="PNG")
-        part.replace(folder / FOLDER / f"{name}.png")
-    part = folder / FOLDER / f".{name}.json.part"
-    part.write_text(json.dumps(told, allow_nan=False))
-    part.replace(folder / FOLDER / f"{name}.json")
+        with replacing(folder / FOLDER / f"{name}.png") as part:
+            _sprite(looks).save(part, format="PNG")
+    with replacing(folder / FOLDER / f"{name}.json") as part:
+        part.write_text(json.dumps(told, allow_nan=False))
 
 
 def read_trace(folder: Path, name: str) -> tuple[dict[str, Any] | None, Image.Image | None]:
@@ -76,7 +75,3 @@ def _sprite(looks: list[Tensor]) -> Image.Image:
 
     rows = [torch.cat(list(seen), -1) for seen in looks]  # (3, h, K w)
     return Image.fromarray(torch.cat(rows, 1).permute(1, 2, 0).numpy())
-
-
-def _finite(values: Tensor) -> list[float | None]:
-    return [v if math.isfinite(v) else None for v in values.tolist()]

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
@@ -18,11 +17,13 @@ from tqdm import tqdm
 from diffsteer import __version__
 from diffsteer.asked import check, items_of
 from diffsteer.config import build, named, schema, settings
+from diffsteer.files import finite
 from diffsteer.fingerprint import fingerprints
-from diffsteer.folder import MANIFEST, finite
+from diffsteer.folder import MANIFEST
 from diffsteer.generate import SCALES, load, scaled_reward, snapshot
 from diffsteer.grids import check_schedule
 from diffsteer.guidance import guidance_of
+from diffsteer.leases import local_device
 from diffsteer.ledger import Ledger
 from diffsteer.pipeline import SteeredPipeline
 from diffsteer.prompts import Item
@@ -200,7 +201,7 @@ class Bench:
         self.guide, self.schedule = build("guide", config.guide), build("schedule", config.schedule)
         guidance_of(self.guide, sampler)
         check_schedule(self.schedule, True, config.transition)
-        self.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = config.device or local_device()
 
     @functools.cached_property
     def pipe(self) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from diffsteer.folder import append, finite, replacing, whole_lines
+from diffsteer.files import append, finite, replacing, whole_lines
 from diffsteer.prompts import Item
 from diffsteer.tuning import FAILED, PLAIN, Measured, Trial, best_of
 from diffsteer.types import DiffsteerError

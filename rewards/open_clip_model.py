@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffsteer.rewards.checkpoint import usual_device
 from diffsteer.shapes import models
 from diffsteer.types import DiffsteerError
 
@@ -186,7 +187,7 @@ def load(model_name: str, pretrained: str | None, device: str | None = None) -> 
     """
     import open_clip
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = usual_device(device)
     name = {EMBEDDED: f"local-dir:{models.CLIP}", SECOND: f"local-dir:{models.CLIP2}"}.get(model_name, model_name)
     quick_gelu = _needs_quick_gelu(name, pretrained)
     with _quiet(), torch.random.fork_rng(devices=[]), torch.inference_mode(False):  # or gradients could not pass later
@@ -222,7 +223,7 @@ def untrained(model_name: str, device: str | None = None) -> OpenClip:
             raise DiffsteerError(
                 f"the CLIP model {model_name} could not be made ({_line(error)}); nearest: {near}; or local-dir:FOLDER"
             ) from error
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = usual_device(device)
         return OpenClip(model_name, model.to(device), device)
 
 

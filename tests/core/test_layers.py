@@ -22,7 +22,7 @@ PLUGINS = sorted([*(ROOT / "samplers").glob("*.py"), *(ROOT / "rewards").glob("*
 FLOORS = [
     ["rng", "algebra", "ledger", "types"],
     ["timing"],
-    ["blocks", "media", "fingerprint", "budget", "proposals", "prior", "diversity"],
+    ["blocks", "media", "fingerprint", "budget", "proposals", "prior", "diversity", "files"],
     ["start"],
     ["levels", "events", "particles", "resampling", "reward", "hooks", "decoding", "conditions"]
     + ["guidance", "classifier_free", "schedules", "grids", "lineage", "correlation", "holdout", "conformance", "expression"],
