@@ -276,16 +276,16 @@ def test_in_a_browser(browser: Any, run: Path, other: Path, tmp_path: Path, widt
     focused = "document.activeElement.id"
     view.keyboard.press("j")
     view.keyboard.press("j")
-    assert view.evaluate(focused) == "p001"
+    assert view.evaluate(focused) == "p1"
     view.keyboard.press("k")
-    assert view.evaluate(focused) == "p000"
-    opened = view.locator("#p000 details[open]").count()
+    assert view.evaluate(focused) == "p0"
+    opened = view.locator("#p0 details[open]").count()
     view.keyboard.press("t")
-    assert opened > 0 and view.locator("#p000 details[open]").count() == 0
+    assert opened > 0 and view.locator("#p0 details[open]").count() == 0
     view.keyboard.press("Tab")
     assert view.evaluate("document.activeElement.tagName") == "SUMMARY"
     view.locator(".sheet a").nth(2).click()
-    assert view.evaluate("location.hash") == "#p002"
+    assert view.evaluate("location.hash") == "#p2"
     picture = view.screenshot(path=str(tmp_path / "page.png"), full_page=True)
     colours = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).reshape(-1, 3)
     assert len(picture) > 20_000 and len(np.unique(colours[::17], axis=0)) > 50
