@@ -20,9 +20,9 @@ from diffsteer.config import build, named, schema, settings
 from diffsteer.files import finite
 from diffsteer.fingerprint import fingerprints
 from diffsteer.folder import MANIFEST
-from diffsteer.generate import SCALES, load, scaled_reward, snapshot
 from diffsteer.grids import check_schedule
 from diffsteer.guidance import guidance_of
+from diffsteer.job import SCALES, load, scaled_reward, snapshot
 from diffsteer.leases import local_device
 from diffsteer.ledger import Ledger
 from diffsteer.pipeline import SteeredPipeline

@@ -127,7 +127,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(
 def test_done_prompts_are_not_done_again(generate: Any, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert generate(prompts, "out=o").code == 0
     before = bytes_of(tmp_path / "o")
-    monkeypatch.setattr("diffsteer.generate.load_pipeline", lambda *args, **options: pytest.fail("nothing is left to do"))
+    monkeypatch.setattr("diffsteer.job.load_pipeline", lambda *args, **options: pytest.fail("nothing is left to do"))
     again = generate(prompts, "out=o", "batch=2", "chunk=3")  # neither changes what comes out
     assert again.code == 0 and "3 of them were there already" in again.out
     assert bytes_of(tmp_path / "o") == before
