@@ -1,4 +1,4 @@
-"""The command line: ``diffsteer generate | tune | status | report | list | comfy``. Composing is Hydra's (`config`).
+"""The command line: ``diffsteer generate | evaluate | tune | status | report | list | comfy``. Composing is Hydra's (`config`).
 
 Modules that need torch are imported when a command does, so that ``--help`` and ``--version`` answer at once.
 """
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 USAGE = """\
 diffsteer generate [prompt=TEXT | prompts=FILE] [key=value ...]   images, steered by a reward (--help tells the keys)
+diffsteer evaluate [evaluate.samplers=[none,best_of_n,fk]] [key=value ...]   samplers at equal budgets, tabled and plotted
 diffsteer tune tune.parameters.NAME=LOW..HIGH [key=value ...]     a sampler's parameters, searched for a reward
 diffsteer status DIR                                              how far a folder of results is
 diffsteer report DIR [OTHER] [-o FILE]                            one page to look at; two folders side by side
@@ -35,6 +36,9 @@ diffsteer --version"""
 TUNE_HELP = """\
 diffsteer tune tune.parameters.NAME=LOW..HIGH [key=value ...]: a sampler's parameters, searched for a reward with Optuna.
 Its own keys stand under tune.; all others are those of diffsteer generate."""
+EVALUATE_HELP = """\
+diffsteer evaluate [evaluate.samplers=[NAME,...]] [key=value ...]: samplers at equal budgets on the same prompts and seeds.
+Its own keys stand under evaluate.; all others are those of diffsteer generate."""
 OK, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 # What is the matter with a path that was given, and no failure of the machine.
@@ -69,7 +73,15 @@ def main(argv: list[str]) -> int:
     if command in ("", "--help", "-h"):
         print(USAGE)
         return OK if command else WRONG_INPUT
-    commands = {"generate": _generate, "tune": _tune, "status": _status, "report": _report_page, "list": _list, "comfy": _comfy}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "generate": _generate,
+        "evaluate": _evaluate,
+        "tune": _tune,
+        "status": _status,
+        "report": _report_page,
+        "list": _list,
+        "comfy": _comfy,
+    }
     if command not in commands:
         import difflib
 
@@ -121,6 +133,14 @@ def _tune(argv: list[str]) -> int:
 
     own = ["hydra.job.name=tune", f"hydra.help.header={quoted(TUNE_HELP)}"]
     return _composed("tune", [*own, *argv], Tuning, _tune_job)
+
+
+def _evaluate(argv: list[str]) -> int:
+    from diffsteer.config import Evaluating
+    from diffsteer.overrides import quoted
+
+    own = ["hydra.job.name=evaluate", f"hydra.help.header={quoted(EVALUATE_HELP)}"]
+    return _composed("evaluate", [*own, *argv], Evaluating, _evaluate_job)
 
 
 def _composed(command: str, argv: list[str], keys: type[Config], job: Callable[[DictConfig], None]) -> int:
@@ -224,6 +244,13 @@ def _tune_job(config: DictConfig) -> None:
     from diffsteer.tune import tune_folder
 
     _in_folder(tune_folder, config)
+
+
+def _evaluate_job(config: DictConfig) -> None:
+    """One job: a comparison."""
+    from diffsteer.evaluation.evaluate import evaluate_folder
+
+    _in_folder(evaluate_folder, config)
 
 
 def _in_folder(work: Callable[[DictConfig, Path, str], None], config: DictConfig) -> None:

@@ -160,6 +160,35 @@ class Tuning(Config):
     tune: TuneConfig = field(default_factory=TuneConfig)
 
 
+@dataclass
+class EvaluateConfig:
+    """What `diffsteer evaluate` is told beside that.
+
+    Attributes:
+        samplers: that are compared: names or mappings, or a mapping of labels to them; "none" is the pipeline as it is.
+        budgets: multiples of what the plain pipeline evaluates; None for samplers as they stand.
+        seeds: noises a prompt, `seed` and those after it.
+        features: what pictures are compared by: "colours", "inception", or a reward with features.
+        reference: a folder of real pictures; "shapes" for some that the shapes world draws itself.
+        neighbours: of precision, recall, density and coverage. axes: of the front, names of metrics.
+    """
+
+    samplers: Any = None
+    budgets: list[int] | None = field(default_factory=lambda: [4])
+    seeds: int = 8
+    features: Any = None
+    reference: str | None = None
+    neighbours: int = 3
+    axes: list[str] | None = None
+
+
+@dataclass
+class Evaluating(Config):
+    """Everything that `diffsteer evaluate` can be told."""
+
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
 def schema(cls: type[Any], name: str) -> type[Any]:
     """The fields of a sampler or a reward, and its name, as a dataclass that Hydra can fill."""
     hints = get_type_hints(cls)

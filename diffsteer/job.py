@@ -233,11 +233,11 @@ def _fill(
     say: Callable[[str], None],
     **objects: Any,
 ) -> None:
-    from diffsteer.pipes import check_call
-
     if not folder.missing:
         folder.finish()
         return
+    from diffsteer.pipes import check_call
+
     made = family_of(pipe)
     check_inputs(True, reward, makes=made.makes if made else "")
     work = Work(config, pipe, sampler, reward, objects)

@@ -14,7 +14,8 @@ RewardFunction = Callable[[Tensor, Any], Tensor]  # (samples (N, ...), N prompts
 
 
 class Reward:
-    """A reward. Subclasses set the facts that differ and write `score`.
+    """A reward. Subclasses set the facts that differ and write `score`; one that looks at images through a network may have
+    ``image_features(samples, ctx) -> (N, D)``, too, by which `diffsteer evaluate` compares them.
 
     Attributes:
         name: as in the registry.

@@ -10,6 +10,7 @@ from typing import Any
 from diffsteer.folder import ERRORS, MANIFEST, RUN, TIMINGS, paced
 from diffsteer.types import DiffsteerError
 
+COMPARISON = "evaluate.json"  # of a folder of `diffsteer evaluate`
 SHOWN = 10  # failed prompts that are shown
 
 
@@ -20,6 +21,8 @@ def status(folder: str | Path) -> tuple[list[str], bool]:
         DiffsteerError: this is no folder of results.
     """
     path = Path(folder)
+    if (path / COMPARISON).is_file():
+        return _comparison(path)
     if not (path / RUN).is_file() and not (path / MANIFEST).is_file():
         raise DiffsteerError(f"{folder} is no folder of results: it has neither {RUN} nor {MANIFEST}")
     prompts = _prompts(path / RUN)
@@ -40,6 +43,20 @@ def status(folder: str | Path) -> tuple[list[str], bool]:
     lines += [f"failed: {e['prompt']!r}: {e['error']}" for e in list(failed.values())[:SHOWN]]
     lines += [f"and {len(failed) - SHOWN} more in {ERRORS}"] if len(failed) > SHOWN else []
     return lines, not missing and not failed
+
+
+def _comparison(path: Path) -> tuple[list[str], bool]:
+    """Of the folders that samplers and seeds have in there."""
+    told = json.loads((path / COMPARISON).read_text())
+    lines, finished, wanted = [], 0, len(told["folders"]) * told["prompts"]
+    for name in told["folders"]:
+        if not (path / name / RUN).is_file():
+            continue
+        mine, done = status(path / name)
+        counted = len({e["id"] for e in lines_of(path / name / MANIFEST, "id", "image") if is_inside(path / name, e["image"])})
+        finished += min(counted, told["prompts"])
+        lines += [line if line.startswith("failed") else f"{name}: {line.partition(': ')[2]}" for line in mine if not done]
+    return [f"{path}: {finished} of {wanted} prompts done, in {len(told['folders'])} folders", *lines], finished == wanted
 
 
 def is_inside(folder: Path, name: Any) -> bool:

@@ -69,6 +69,10 @@ class ClipScore(Reward):
         images = self._clip(ctx).encode_images(samples, self.resize)
         return 100 * (images * texts).sum(-1).to(samples.device)
 
+    def image_features(self, samples: Tensor, ctx: Context) -> Tensor:
+        """What samples are compared by: CLIP's image features (N, D) of images (N, 3, H, W) in [0, 1], of length one."""
+        return self._clip(ctx).encode_images(samples, self.resize)
+
     def checkpoint(self, ctx: Context) -> tuple[str, str | None]:
         """Which CLIP it is: what was named, or what goes with the model."""
         if self.model_name is None:
