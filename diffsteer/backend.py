@@ -280,7 +280,7 @@ class DiffusersSession(ClipSession):
             cut.halve(self.rows)
             select.restart()
             return super().walk(select)
-        for event in select.events[len(select.infos) :]:  # the callback stopped the run before
+        for event in select.events[select.reached :]:  # the callback stopped the run before
             x = select(event, x, x)
         return x
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from diffsteer.folder import ERRORS, Folder
@@ -15,6 +17,7 @@ from diffsteer.types import DiffsteerError, FailedError, PromptError, RewardErro
 if TYPE_CHECKING:
     from diffsteer.run import SteeredOutput
 
+Begin = Callable[[Sequence[Item]], Callable[[], "SteeredOutput"]]
 # Failures in a row, all alike, after which a process tries no more: where it has done nothing yet, and where it has.
 ALIKE, MANY = 3, 25
 SOON, LATER = 0.1, 2.0  # seconds between looks at what others have
@@ -36,42 +39,144 @@ class InARow:
         return len(set(self.kinds)) == 1 and len(self.kinds) >= (MANY if self.worked else min(ALIKE, prompts))
 
 
+@dataclass
+class Batch:
+    """Some items on their way: all but what `begin` left, which `ends` does, in this thread or another."""
+
+    items: list[Item]
+    ends: Future[None]
+
+
+@dataclass
+class Maker:
+    """What makes the items of a folder, and notes those that fail.
+
+    While some are made, what was made before is written by another thread: at most one batch is on its way there.
+
+    Args:
+        begin: makes some items, for which the same is asked, up to their last states; what it returns decodes and scores them.
+        ahead: that, too, is left to the other thread. done: see `generate`.
+    """
+
+    begin: Begin
+    folder: Folder
+    seed: int
+    output: str
+    ahead: bool
+    done: Callable[[int], None] | None
+
+    def __post_init__(self) -> None:
+        self.row, self.before = InARow(), None
+        self.writer = ThreadPoolExecutor(1, "diffsteer writer")
+
+    before: Batch | None = field(init=False)
+
+    def make(self, items: list[Item]) -> None:
+        """Begin some items; end those before."""
+        try:
+            rest = self.begin(items)
+            made = None if self.ahead else rest()
+        except Exception as error:
+            self.settle()
+            self._failed(items, error)
+        except KeyboardInterrupt:
+            self.settle()
+            raise
+        else:
+            self.settle()
+            self.before = Batch(items, self.writer.submit(self._end, items, rest if made is None else lambda: made))
+            if made is not None and _interrupted(made):  # nothing more is begun
+                self.settle()
+
+    def settle(self) -> bool:
+        """Wait for what is on its way; was there anything?"""
+        batch, self.before = self.before, None
+        if batch is None:
+            return False
+        try:
+            batch.ends.result()
+        except Exception as error:
+            self._failed(batch.items, error)
+        else:
+            self.row.done()
+            self._over(batch.items)
+        return True
+
+    def _end(self, items: list[Item], rest: Callable[[], SteeredOutput]) -> None:
+        out = rest()
+        self.folder.add(items, out, self.seed, self.output)
+        if _interrupted(out):
+            raise KeyboardInterrupt
+
+    def _failed(self, items: list[Item], error: Exception) -> None:
+        """Of a batch that failed each item is tried alone; those that fail again are noted.
+
+        Raises:
+            Exception: what they fail with, where nothing works in this process (any more).
+        """
+        for item in items:
+            mine: Exception | None = error
+            if len(items) > 1 and not _of_all(error):
+                try:
+                    self._end([item], self.begin([item]))
+                    self.row.done()
+                    mine = None
+                except Exception as again:
+                    mine = again
+            if mine is None:
+                continue
+            if _of_all(mine):
+                raise mine  # no other prompt would fare better
+            self.folder.fail(item, mine)
+            if self.row.hopeless(mine, len(self.folder.items)):
+                raise mine
+        self._over(items)
+
+    def _over(self, items: list[Item]) -> None:
+        self.folder.leases.release(items)
+        if self.done is not None:
+            self.done(len(items))
+
+
+def _interrupted(out: SteeredOutput) -> bool:
+    """Was it a search that Ctrl-C ended before its budget was spent?"""
+    return any(found.stopped == "interrupted" for found in out.trace.searches)
+
+
+def _of_all(error: Exception) -> bool:
+    """Is it an error of the settings or the disk, not of a prompt?"""
+    return isinstance(error, DiffsteerError | OSError) and not isinstance(error, RewardError | PromptError)
+
+
 def generate(
-    run: Callable[[Sequence[Item]], SteeredOutput],
+    begin: Begin,
     folder: Folder,
     *,
     seed: int,
     output: str,
     batch: int = 1,
+    ahead: bool = False,
     done: Callable[[int], None] | None = None,
 ) -> None:
     """Do what is missing in a folder, `batch` prompts at a time, and finish it. Prompts for which the same is asked run
     together. One that fails is noted, and the others go on; of a batch that fails, each is tried alone.
 
     Args:
-        run: makes some items, for which the same is asked. output: as the pipeline is told.
+        begin: makes some items, for which the same is asked, up to their last states; what it returns does the rest.
+        output: as the pipeline is told. ahead: that rest is done while the next items are begun.
         done: called with the number of prompts that were just finished.
 
     Raises:
         FailedError: some prompts failed.
         DiffsteerError: what is wrong with more than a prompt; everything that was finished before stays, in the folder.
     """
-    row = InARow()
-    with folder.leases.renewing():
+    maker = Maker(begin, folder, seed, output, ahead, done)
+    with folder.leases.renewing(), warnings.catch_warnings(), maker.writer:
+        warnings.simplefilter("ignore", DriftWarning)  # the folder is looked at as a whole
         folder.start()
-        for items in _claims(folder, batch):
-            try:
-                _one(run, folder, items, seed, output)
-                row.done()
-            except (DiffsteerError, OSError) as error:
-                if not isinstance(error, RewardError | PromptError):
-                    raise  # no other prompt would fare better
-                _alone(run, folder, items, seed, output, error, row)
-            except Exception as error:
-                _alone(run, folder, items, seed, output, error, row)
-            folder.leases.release(items)
-            if done is not None:
-                done(len(items))
+        for items in _claims(folder, batch, maker.settle):
+            maker.make(items)
+        maker.settle()
     folder.finish()
     if folder.failed:
         first = next(iter(folder.failed.values()))
@@ -81,57 +186,13 @@ def generate(
         )
 
 
-def _claims(folder: Folder, size: int) -> Iterator[list[Item]]:
+def _claims(folder: Folder, size: int, settle: Callable[[], bool]) -> Iterator[list[Item]]:
     """Items that are ours to do, until nothing is left; where others have all of it, it is waited for: they may be gone."""
     pause = SOON
     while (items := folder.claim(size)) != []:
-        if items is None:
-            time.sleep(pause)
-            pause = min(2 * pause, LATER)
-        else:
+        if items is not None:
             pause = SOON
             yield items
-
-
-def _one(run: Callable[[Sequence[Item]], SteeredOutput], folder: Folder, items: list[Item], seed: int, output: str) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DriftWarning)  # the folder is looked at as a whole
-        out = run(items)
-    folder.add(items, out, seed, output)
-    if any(found.stopped == "interrupted" for found in out.trace.searches):
-        raise KeyboardInterrupt
-
-
-def _alone(
-    run: Callable[[Sequence[Item]], SteeredOutput],
-    folder: Folder,
-    items: list[Item],
-    seed: int,
-    output: str,
-    error: Exception,
-    row: InARow,
-) -> None:
-    """Items of a batch that failed, each by itself; those that fail again are noted.
-
-    Args:
-        row: the errors since something was done.
-
-    Raises:
-        Exception: what they fail with, where nothing works in this process (any more).
-    """
-    for item in items:
-        mine = error
-        if len(items) > 1:
-            try:
-                _one(run, folder, [item], seed, output)
-                row.done()
-                continue
-            except (DiffsteerError, OSError) as again:
-                if not isinstance(again, RewardError | PromptError):
-                    raise
-                mine = again
-            except Exception as again:
-                mine = again
-        folder.fail(item, mine)
-        if row.hopeless(mine, len(folder.items)):
-            raise mine
+        elif not settle():
+            time.sleep(pause)
+            pause = min(2 * pause, LATER)

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +62,7 @@ class Folder:
         self.leases = Leases(self.path)
         self._prompts = {item.id: item for item in self.items}
         self._names = {item.name for item in self.items}
+        self._marked: float | None = None  # when what came before was written
         self._read = (0, 0)  # the manifest's inode, and how much of it was read
         with self.leases.lock:
             cut_unfinished(self.path / TIMINGS)
@@ -106,6 +108,7 @@ class Folder:
 
     def start(self) -> None:
         """A run begins: what failed before is tried again, unless others are at work on it."""
+        self._marked = time.perf_counter()
         with self.leases.lock:
             if self.missing and not self.leases.others():
                 self.failed.clear()
@@ -192,7 +195,9 @@ class Folder:
         ledger = out.ledger
         rest = {"forwards": ledger.forwards, "padding": ledger.padding, "peak_memory": ledger.peak_memory}
         skipped = {"skipped": ledger.skipped} if ledger.skipped else {}
-        timing = {"ids": [i.id for i in items], "seconds": ledger.seconds, **rest, **skipped}
+        since, self._marked = self._marked, time.perf_counter()
+        wall = {"wall": self._marked - since} if since is not None else {}
+        timing = {"ids": [i.id for i in items], "seconds": ledger.seconds, **wall, **rest, **skipped}
         self.timings.append(timing)
         with self.leases.lock:
             append(self.path / MANIFEST, lines)
@@ -220,8 +225,9 @@ class Folder:
 
 
 def paced(timings: Sequence[dict[str, Any]]) -> tuple[float, float] | None:
-    """Prompts a second, and the share of the time outside the denoiser, over the calls that were timed; None without any."""
-    total = sum(t["seconds"].get("total", 0.0) for t in timings)
+    """Prompts a second, and the share of the time outside the denoiser, over the calls that were timed; None without any.
+    Time is that from one call's end to the next one's: what is done beside the denoising costs none."""
+    total = sum(t.get("wall", t["seconds"].get("total", 0.0)) for t in timings)
     if total <= 0:
         return None
     inside = sum(t["seconds"].get("denoiser", 0.0) for t in timings)

@@ -71,7 +71,7 @@ class GuidedWalk:
                         log_ratio += ratio.view_as(log_ratio)
                     at = stop
                 x = select(event, x, x0, log_ratio if self.weighed else None)
-                ancestors = select.infos[-1].ancestors
+                ancestors = select.ancestors
                 session.follow(ancestors, event)
                 for moments in self.moments.values():
                     moments.follow(ancestors)

@@ -29,7 +29,7 @@ from diffsteer.guidance import guidance_of
 from diffsteer.leases import local_device, rank
 from diffsteer.pipeline import load_pipeline
 from diffsteer.prompts import Item
-from diffsteer.reward import Reward
+from diffsteer.reward import Reward, is_elsewhere
 from diffsteer.search_run import check_search
 from diffsteer.selection import check_inputs
 from diffsteer.shapes.models import MODELS, digest, is_embedded
@@ -279,8 +279,9 @@ def _fill(
 
         work.watch = watch
         generate(
-            work.run,
+            work.begin,
             folder,
+            ahead=not searches and is_elsewhere(pipe.device, reward, *objects.get("holdout", {}).values()),
             seed=config.seed,
             output=config.output,
             batch=config.batch if sampler is not None else 1,

@@ -61,7 +61,11 @@ class Ledger:
         finally:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+            self.add(stage, time.perf_counter() - start)
+
+    def add(self, stage: str, seconds: float) -> None:
+        """Add time to a stage."""
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
     def open(self) -> Ledger:
         """A run begins: the peak memory is measured from here."""

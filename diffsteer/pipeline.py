@@ -21,7 +21,7 @@ from diffsteer.holdout import holdouts_of
 from diffsteer.ledger import Ledger
 from diffsteer.loading import load_pipeline as load_pipeline
 from diffsteer.reward import Reward, RewardFunction, as_reward, check_gradient
-from diffsteer.run import OUTPUTS, SteeredOutput, run
+from diffsteer.run import OUTPUTS, SteeredOutput, begin
 from diffsteer.schedules import Given, Schedule, as_schedule
 from diffsteer.start import NoiseTransform
 from diffsteer.trial import Search
@@ -176,6 +176,27 @@ class SteeredPipeline:
         Raises:
             DiffsteerError: an argument that the pipeline does not take, and what is valid.
         """
+        told: dict[str, Any] = {"num_inference_steps": num_inference_steps, "seed": seed, "generator": generator, "ids": ids}
+        told |= {"negative_prompt": negative_prompt, "latents": latents, "reward_prompts": reward_prompts, "watch": watch}
+        return self.begin(prompts, **told, **call)()
+
+    def begin(
+        self,
+        prompts: str | Sequence[Any],
+        *,
+        num_inference_steps: int | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        ids: Sequence[int | str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        latents: Tensor | None = None,
+        reward_prompts: Sequence[str] | None = None,
+        watch: Callable[[Info], None] | None = None,
+        **call: Any,
+    ) -> Callable[[], SteeredOutput]:
+        """As a call with the same arguments, up to the last states. What is returned decodes and scores them and gives the
+        output; in another thread it can do so while this one denoises what comes next. (Not where parts of a pipeline take
+        turns on a device, as with offloading. A search does all of its work here.)"""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise DiffsteerError("no prompts: give at least one")
@@ -199,9 +220,9 @@ class SteeredPipeline:
         options: dict[str, Any] = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
         if self.sampler is None:
             stream = torch.Generator("cpu").manual_seed(key) if generator is None else generator
-            from diffsteer.plain import run_plain
+            from diffsteer.plain import begin_plain
 
-            return run_plain(self, prompts, asked, stream, negative_prompt, latents, options | call)
+            return begin_plain(self, prompts, asked, stream, negative_prompt, latents, options | call)
         keys: dict[str, Any] = {
             "particles": self.sampler.particles,
             "seed": key,
@@ -217,7 +238,8 @@ class SteeredPipeline:
         if isinstance(self.sampler, Search):
             told = {"negative_prompt": negative_prompt, "call": call}
             draft = on_grid(self.draft, schedule, call)
-            return self._searched(prompts, asked, keys, options, told, draft, latents, watch)
+            found = self._searched(prompts, asked, keys, options, told, draft, latents, watch)
+            return lambda: found
         if isinstance(self.pipe, CallableModel):
             if call or negative_prompt is not None or latents is not None:
                 extra = [
@@ -229,7 +251,7 @@ class SteeredPipeline:
             session: Session = CallableSession(self.pipe, prompts, **options, **keys)
             session.start = self.start
             toy = (self.output, self.choice, asked, None, watch, self.guide, self.holdouts, self.looks)
-            return run(session, self.sampler, self.reward, *toy)
+            return begin(session, self.sampler, self.reward, *toy)
         from diffsteer.backend import DiffusersSession
         from diffsteer.pipes import as_images
 
@@ -247,7 +269,7 @@ class SteeredPipeline:
         )
         to_images = partial(as_images, self.pipe)
         how = (self.output, self.choice, asked, to_images, watch, self.guide, self.holdouts, self.looks)
-        return run(session, self.sampler, self.reward, *how)
+        return begin(session, self.sampler, self.reward, *how)
 
     def estimate(
         self,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from diffsteer.pipeline import SteeredPipeline
 
 
-def run_plain(
+def begin_plain(
     steered: SteeredPipeline,
     prompts: list[Any],
     asked: list[str],
@@ -30,8 +31,8 @@ def run_plain(
     negative_prompt: Any,
     latents: Tensor | None,
     call: dict[str, Any],
-) -> SteeredOutput:
-    """The user's own pipeline, scheduler and generator; only counted, and scored at the end."""
+) -> Callable[[], SteeredOutput]:
+    """The user's own pipeline, scheduler and generator; only counted. What is returned decodes and scores what came of it."""
     if isinstance(steered.pipe, CallableModel):
         raise UnsupportedError("a CallableModel has no sampler of its own; BestOfN(particles=1, eta=0) is the plain ODE")
     from diffsteer.hooks import Watch, watching
@@ -63,10 +64,23 @@ def run_plain(
     x = own[0] if family.returns_states else record.x
     decode = decoder_of(steered.pipe, **call) if steered.decoder != "none" else None
     scorer = Scorer(steered.reward, decode, asked, ledger, embedded, aside=aside)
+    ledger.add("total", time.perf_counter() - started)
+    images = partial(as_images, steered.pipe) if steered.decoder != "none" else None
+
+    def finish() -> SteeredOutput:
+        with torch.no_grad():
+            return _finished(prompts, scorer, x, record.steps, images)
+
+    return finish
+
+
+def _finished(
+    prompts: list[Any], scorer: Scorer, x: Tensor, steps: int, images: Callable[[Tensor], list[Any] | None] | None
+) -> SteeredOutput:
+    started, ledger = time.perf_counter(), scorer.ledger
     samples = scorer.decode(x)
-    steps = record.steps
     rewards = scorer.score(samples, steps, steps)
-    ledger.seconds["total"] = time.perf_counter() - started
+    ledger.add("total", time.perf_counter() - started)
     ledger.close()
     flat = torch.zeros(len(prompts), 1, dtype=torch.float64)
     return SteeredOutput(
@@ -77,7 +91,7 @@ def run_plain(
         log_weights=flat,
         log_z=flat[:, 0],
         chosen=flat[:, 0].long(),
-        images=as_images(steered.pipe, samples) if steered.decoder != "none" else None,
+        images=None if images is None else images(samples),
         trace=Trace(),
         ledger=ledger,
         held_out={name: HeldOut(scores, nothing(len(prompts))) for name, scores in scorer.aside_scores.items()},

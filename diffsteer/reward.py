@@ -26,6 +26,7 @@ class Reward:
         higher_is_better: always so; a quantity to be lowered is scored by its negative.
         differentiable: autograd reaches the samples. deterministic: equal samples get equal scores.
         needs_prompt: the score depends on the prompt.
+        waits: scores are waited for, and not computed on this machine.
         pooled: a score depends on what is scored with it: of ranks and duels. All others score each sample alone.
         taps: modules of the denoiser whose outputs `score_features` reads where guidance goes through the network.
         licence, weights, weights_bytes: of the network that it loads, where that comes from, and about how much is fetched;
@@ -43,6 +44,7 @@ class Reward:
     licence: ClassVar[str | None] = None
     weights: ClassVar[str | None] = None
     weights_bytes: ClassVar[int] = 0
+    waits: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
     taps: tuple[str, ...] = ()
 
@@ -190,6 +192,17 @@ def check_gradient(reward: Reward) -> None:
 def scores_images(reward: Reward) -> bool:
     """Is it, or one of the terms of a sum, a reward of images alone?"""
     return any(r.modality == "image" and r.input == "pixels" for r in leaves(reward))
+
+
+def is_elsewhere(device: torch.device, *rewards: Reward | None) -> bool:
+    """Does one of them score on another machine, or on another device than this one?"""
+    for reward in (leaf for r in rewards if r is not None for leaf in leaves(r)):
+        named = getattr(reward, "device", None)
+        own = device if named is None else torch.device(named)
+        apart = own.type != device.type or (None not in (own.index, device.index) and own.index != device.index)
+        if reward.waits or apart:
+            return True
+    return False
 
 
 def leaves(reward: Reward) -> list[Reward]:

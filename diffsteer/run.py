@@ -125,7 +125,12 @@ def timing_of(sampler: Sampler | None, guide: Guidance | None) -> Timing | None:
     return timing
 
 
-def run(
+def run(session: Session, sampler: Sampler, reward: Reward | None, *how: Any, **more: Any) -> SteeredOutput:
+    """Carry all rows from noise to clean, selecting at the sampler's events, and choose: `begin`, and what it returns."""
+    return begin(session, sampler, reward, *how, **more)()
+
+
+def begin(
     session: Session,
     sampler: Sampler,
     reward: Reward | None,
@@ -137,8 +142,10 @@ def run(
     guide: Guidance | None = None,
     holdouts: Mapping[str, Reward] | None = None,
     looks: int = 0,
-) -> SteeredOutput:
-    """Carry all rows from noise to clean, selecting at the sampler's events.
+) -> Callable[[], SteeredOutput]:
+    """Carry all rows from noise to clean, selecting at the sampler's events but the last. What is returned does the rest: it
+    decodes and scores what came of it and chooses, for which the denoiser is not needed, so that it may be done in another
+    thread.
 
     Args:
         output: "best" by reward, "draw" from the weights, or "all" (then `chosen` is the best).
@@ -165,6 +172,7 @@ def run(
     problem = Problem(len(session.prompts), session.steps, session.last_noise, session.seed, session.ids)
     scorer = Scorer(reward, session.decoder, texts, ledger, session.embedded, session.cut, session.tiny_decoder, aside, looks)
     select = Selection(sampler, problem, scorer, watch)
+    select.later = True
     guide = guide or getattr(sampler, "guidance", None)
     timing = timing_of(sampler, guide)
     shifts: tuple[Any, ...] = ()
@@ -177,6 +185,28 @@ def run(
         if reward is None:
             raise DiffsteerError("guidance follows the gradient of a reward: give reward=")
         x = GuidedWalk(session, guide, reward, texts, weighed=sampler.exact)(select)
+    ledger.add("total", time.perf_counter() - started)
+
+    def finish() -> SteeredOutput:
+        with torch.no_grad():
+            return _finished(session, select, x, shifts, output, choice, to_images)
+
+    return finish
+
+
+def _finished(
+    session: Session,
+    select: Selection,
+    x: Tensor,
+    shifts: tuple[Any, ...],
+    output: str,
+    choice: Reward | None,
+    to_images: Callable[[Tensor], list[Any] | None] | None,
+) -> SteeredOutput:
+    """The last event, and the output."""
+    started, ledger = time.perf_counter(), session.ledger
+    x = select.finish(x)
+    scorer, problem = select.scorer, select.problem
     assert select.samples is not None
     rewards, log_weights = select.infos[-1].rewards, select.state.log_weights
     held = dict(scorer.aside_scores)
@@ -187,7 +217,7 @@ def run(
     samples = select.samples.view(*groups, *select.samples.shape[1:])
     shown = samples.flatten(0, 1) if output == "all" else samples[torch.arange(problem.groups), chosen]
     images = to_images(shown) if to_images is not None and session.decoder is not None else None
-    ledger.seconds["total"] = ledger.seconds.get("total", 0.0) + time.perf_counter() - started
+    ledger.add("total", time.perf_counter() - started)
     ledger.close()
     return SteeredOutput(
         prompts=session.prompts,

@@ -134,7 +134,7 @@ class SegmentControl(Control):
             self.moved = self.select.moved
             history, scheduler = self.session.history, self.pipe.scheduler
             history.keep(scheduler, self.rows, done)
-            history.follow(self.select.infos[-1].ancestors, done)
+            history.follow(self.select.ancestors, done)
             history.remind(scheduler, self.rows, done)
         self.x, self.x0 = x, x0
         return x

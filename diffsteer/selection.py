@@ -151,7 +151,13 @@ class Scorer:
 
 
 class Selection:
-    """Runs a sampler over the events of one run."""
+    """Runs a sampler over the events of one run.
+
+    Attributes:
+        later: the end is left to `finish`: what is decoded and scored there decides about no further step.
+    """
+
+    later = False
 
     def __init__(self, sampler: Sampler, problem: Problem, scorer: Scorer, watch: Callable[[Info], None] | None = None) -> None:
         self.sampler, self.problem, self.scorer, self.watch = sampler, problem, scorer, watch
@@ -164,6 +170,7 @@ class Selection:
         self.infos: list[Info] = []
         self.looks: list[Tensor] = []
         self.samples: Tensor | None = None  # of the end
+        self._end: tuple[Tensor, Tensor | None] | None = None  # where the last event was left to `finish`
         self.moved: Tensor | None = None  # the ancestors of the last event, where anyone was replaced
         self.selected = nothing(self.problem.groups)  # what the resamplings did to the reward
         self.selected_aside = {name: nothing(self.problem.groups) for name in self.scorer.aside}
@@ -177,6 +184,9 @@ class Selection:
         """Select at an event. x, x0: (P * K, ...), the states and the clean estimates; log_ratio: see `Step`. Returns the
         states that live on."""
         final = done == self.problem.steps
+        if final and self.later:
+            self._end, self.moved = (x, log_ratio), None
+            return x
         if final:
             self.samples = self.scorer.decode(x)
             rewards = self.scorer.score(self.samples, done, self.problem.steps)
@@ -195,6 +205,27 @@ class Selection:
         if self.watch is not None:
             self.watch(info)
         return x
+
+    @property
+    def reached(self) -> int:
+        """How many events there were."""
+        return len(self.infos) + (self._end is not None)
+
+    @property
+    def ancestors(self) -> Tensor:
+        """Of the last event, (P, K); of one that was left to `finish` everyone's own place."""
+        info = self.infos[-1] if self.infos else None
+        if self._end is None and info is not None:
+            return info.ancestors
+        particles = len(self._end[0]) // self.problem.groups if self._end is not None else 0
+        return torch.arange(particles).repeat(self.problem.groups, 1)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The last event, if it was left to this; returns the states that live on."""
+        if self._end is None:
+            return x
+        (x, log_ratio), self._end, self.later = self._end, None, False
+        return self(self.problem.steps, x, x, log_ratio)
 
     def note(self, rewards: Tensor, ancestors: Tensor) -> None:
         """A choice was made among what was just scored: what it did to the reward, and to those that look on."""

@@ -281,7 +281,7 @@ class Session(ABC):
             with torch.no_grad():
                 arrival = self.segment(x, at, event)
                 x, at = select(event, arrival.x, arrival.x0), event
-                self.follow(select.infos[-1].ancestors, event)
+                self.follow(select.ancestors, event)
         return x
 
     def follow(self, ancestors: Tensor, index: int) -> None:  # noqa: B027

@@ -60,7 +60,7 @@ class TimedWalk:
                         times = self._times(x, k + 1, variance, spread)
                 at = event
                 x = select(event, x, x0)
-                ancestors = select.infos[-1].ancestors
+                ancestors = select.ancestors
                 session.follow(ancestors, event)
                 moved = (torch.arange(len(ancestors))[:, None] * ancestors.shape[1] + ancestors).flatten()
                 times, self.noises = times[moved], [n[moved.to(n.device)] for n in self.noises]

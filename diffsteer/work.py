@@ -65,16 +65,16 @@ class Work:
         mine = {key: item.overrides[key] for key in CALLED if key in item.overrides}
         return whole | call_of(self.config) | mine
 
-    def run(self, items: Sequence[Item]) -> SteeredOutput:
-        """Make items for which the same is asked."""
+    def begin(self, items: Sequence[Item]) -> Callable[[], SteeredOutput]:
+        """Make items for which the same is asked, up to the last states; what is returned does the rest."""
         first, seed = items[0], items[0].overrides.get("seed", self.config.seed)
         steered, call = self.steered(first), self.call(first)
         prompts = [item.prompt for item in items]
         if self.sampler is not None:
-            return steered(prompts, seed=seed, ids=[i.id for i in items], watch=self.watch, **call)
+            return steered.begin(prompts, seed=seed, ids=[i.id for i in items], watch=self.watch, **call)
         if first.id == 0:  # a single prompt is the plain pipeline with this seed, also once others have joined it
-            return steered(prompts, seed=seed, **call)
-        return steered(prompts, generator=rng.generator(seed, first.id), **call)
+            return steered.begin(prompts, seed=seed, **call)
+        return steered.begin(prompts, generator=rng.generator(seed, first.id), **call)
 
     def estimate(self, items: Sequence[Item]) -> Ledger:
         """What items will cost, those for which the same is asked together."""

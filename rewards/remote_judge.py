@@ -66,6 +66,7 @@ class RemoteJudge(Reward):
     name: ClassVar[str] = "remote_judge"
     range: ClassVar[tuple[float, float]] = (0.0, 10.0)
     deterministic: ClassVar[bool] = False
+    waits: ClassVar[bool] = True
     needs_prompt: ClassVar[bool] = True
     licence: ClassVar[str | None] = "that of the endpoint"
     weights: ClassVar[str | None] = "behind the endpoint"

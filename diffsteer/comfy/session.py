@@ -116,7 +116,7 @@ class ComfySession(Session):
                 if k + 1 in select.events:
                     selected = select(k + 1, arrival.x0 if last else x, arrival.x0)
                     x = x if last else selected
-                    self.follow(select.infos[-1].ancestors, k + 1)
+                    self.follow(select.ancestors, k + 1)
         return x
 
     def follow(self, ancestors: Tensor, index: int) -> None:
