@@ -26,7 +26,7 @@ from diffsteer.folder import Folder, paced
 from diffsteer.found import Progress
 from diffsteer.grids import check_schedule
 from diffsteer.guidance import guidance_of
-from diffsteer.leases import local_device, rank
+from diffsteer.leases import has_spare_cores, local_device, rank
 from diffsteer.pipeline import load_pipeline
 from diffsteer.prompts import Item
 from diffsteer.reward import Reward, is_elsewhere
@@ -140,16 +140,20 @@ class Job:
     def scaled(self, reward: Reward, pipe: Any, path: Path) -> Reward:
         return scaled_reward(reward, self.config, pipe, self.prompts, path, self.digested)
 
-    def fill(self, folder: Folder, pipe: Any, sampler: Sampler | None, say: Callable[[str], None] | None = None) -> None:
+    def fill(
+        self, folder: Folder, pipe: Any, sampler: Sampler | None, say: Callable[[str], None] | None = None, ahead: bool = True
+    ) -> None:
         """Do what is missing in a folder: the estimate, then the work with a progress bar.
 
         Args:
             say: prints a line about what is being done.
+            ahead: decode and score on cores that would idle, while the next prompts are denoised; where a reward is waited for,
+                that is always done.
         """
         steers = sampler is self.sampler  # the other of a demonstration is plain
         objects = dict(self.made) if steers else {"schedule": self.made.get("schedule")}
         objects |= {"holdout": self.holdouts, "looks": SIDE if any(i.index < self.config.report for i in folder.missing) else 0}
-        _fill(folder, self.config, pipe, sampler, self.reward, say or _say, **objects)
+        _fill(folder, self.config, pipe, sampler, self.reward, say or _say, ahead, **objects)
 
 
 def scaled_reward(reward: Reward, config: DictConfig, pipe: Any, prompts: list[str], path: Path, settings_hash: str) -> Reward:
@@ -231,6 +235,7 @@ def _fill(
     sampler: Sampler | None,
     reward: Any,
     say: Callable[[str], None],
+    ahead: bool,
     **objects: Any,
 ) -> None:
     if not folder.missing:
@@ -259,6 +264,7 @@ def _fill(
     first = rank()[0] == 0  # of several processes one talks
     if first:
         say(f"{prompts} prompt{'s' * (prompts > 1)}, {name}: {what}")
+    elsewhere = is_elsewhere(pipe.device, reward, *objects["holdout"].values())
     events = None if searches else prompts if hasattr(sampler, "guidance") else (cost.decodes + cost.tiny_decodes) // particles
     with tqdm(
         total=None if timed else cost.evaluations if searches else events,
@@ -281,7 +287,7 @@ def _fill(
         generate(
             work.begin,
             folder,
-            ahead=not searches and is_elsewhere(pipe.device, reward, *objects.get("holdout", {}).values()),
+            ahead=not searches and (elsewhere or (ahead and pipe.device.type == "cpu" and has_spare_cores())),
             seed=config.seed,
             output=config.output,
             batch=config.batch if sampler is not None else 1,

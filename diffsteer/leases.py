@@ -145,6 +145,14 @@ def rank() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def has_spare_cores() -> bool:
+    """Does this machine have more cores for this process than torch computes with?"""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.get_num_threads()
+
+
 def local_device() -> str:
     """The accelerator of this process, one for each on a machine; the CPU without any."""
     import torch

@@ -150,7 +150,7 @@ class Bench:
         if folder.missing:
             job.ready(self.pipe, path, [item.prompt for item in folder.missing])
             self._rewards = job.reward, job.holdouts  # loaded, with their scales: those of the first folder are everyone's
-        job.fill(folder, self.pipe if folder.missing else None, job.sampler, say=lambda line: None)
+        job.fill(folder, self.pipe if folder.missing else None, job.sampler, say=lambda line: None, ahead=False)
 
 
 def folder_of(out: Path, cell: Cell, seed: int) -> Path:

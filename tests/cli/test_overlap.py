@@ -1,4 +1,4 @@
-"""What is done beside the next denoising: files, and where rewards are elsewhere, decoding and scoring. Nothing is lost by it."""
+"""What is done beside the next denoising: files, and where there is room, decoding and scoring. Nothing is lost by it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from prompt_files import rows
 from diffsteer import SteeredPipeline
 from diffsteer.batch import generate
 from diffsteer.folder import Folder, paced
+from diffsteer.leases import has_spare_cores
 from diffsteer.prompts import Item
 from diffsteer.reward import ZScore, is_elsewhere
 from diffsteer.rewards import Brightness, ClipScore, RemoteJudge
@@ -162,6 +163,15 @@ def test_rewards_that_are_elsewhere() -> None:
     assert is_elsewhere(torch.device("cuda", 0), ClipScore(device="cpu"))
     assert is_elsewhere(torch.device("cuda", 0), ClipScore(device="cuda:1"))
     assert not is_elsewhere(torch.device("cuda", 0), ClipScore(device="cuda"))
+
+
+def test_cores_that_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of eight with two processes here, each may use four."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for threads, spare in ((1, True), (3, True), (4, False)):
+        monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
+        assert has_spare_cores() is spare
 
 
 def test_the_pace_counts_what_was_waited_for() -> None:
