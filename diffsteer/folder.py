@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 SHOWN = 64  # images on the sheet, the first ones
 MANIFEST, TIMINGS, ERRORS, RUN, GRID = "manifest.jsonl", "timings.jsonl", "errors.jsonl", "run.json", "grid.png"
 # Those that each prompt has of its own, however many run together.
+TAIL = 512  # bytes by which what was read is known again
 _COUNTS = ("evaluations", "backwards", "decodes", "tiny_decodes", "reward_calls", "held_out_calls")
 _RARE = ("backwards", "tiny_decodes", "held_out_calls")
 
@@ -63,7 +63,7 @@ class Folder:
         self._prompts = {item.id: item for item in self.items}
         self._names = {item.name for item in self.items}
         self._marked: float | None = None  # when what came before was written
-        self._read = (0, 0)  # the manifest's inode, and how much of it was read
+        self._read = (0, b"")  # how much of the manifest was read, and how that ended
         with self.leases.lock:
             cut_unfinished(self.path / TIMINGS)
             cut_unfinished(self.path / MANIFEST)
@@ -75,13 +75,16 @@ class Folder:
         if not manifest.is_file():
             return
         with manifest.open("rb") as file:
-            inode = os.fstat(file.fileno()).st_ino
-            start = self._read[1] if inode == self._read[0] else 0
+            start, ended = self._read
+            file.seek(max(0, start - len(ended)))
+            if file.read(len(ended)) != ended:  # it was put in order since
+                start = 0
             file.seek(start)
             whole = file.read().rpartition(b"\n")[0]
             for number, line in enumerate(whole.split(b"\n") if whole else (), 1):
                 self._take(_entry(line, manifest, number))
-            self._read = inode, start + len(whole) + bool(whole)
+            if whole:
+                self._read = start + len(whole) + 1, whole[-TAIL:] + b"\n"
         if (self.path / ERRORS).is_file():
             for text in (self.path / ERRORS).read_text(encoding="utf-8").split("\n"):
                 with contextlib.suppress(ValueError):
@@ -217,9 +220,10 @@ class Folder:
         if not (self.path / MANIFEST).is_file() or (self.path / MANIFEST).read_text(encoding="utf-8") != text:
             with replacing(self.path / MANIFEST) as part:
                 part.write_text(text, encoding="utf-8")
-        for name in self.sinks:
-            SINKS[name](self.path, [self.entries[id] for id in asked])
-        _drift([self.entries[id] for id in asked])
+        if not self.leases.others():  # the last one to finish
+            for name in self.sinks:
+                SINKS[name](self.path, [self.entries[id] for id in asked])
+            _drift([self.entries[id] for id in asked])
         shown = [e for e in (self.entries[id] for id in asked[:SHOWN]) if not e["image"].endswith(".wav")]
         sheet([[self.path / e["image"] for e in shown]], [e["prompt"] for e in shown], self.path / GRID)
 

@@ -38,6 +38,8 @@ def for_hydra(argv: list[str]) -> list[str]:
             rewritten.append(f"{key}={quoted(value)}")
         elif equals and key in ("model", "sampler", "reward", "guide", "schedule") and value in ("", "null"):
             raise DiffsteerError(f"{key}={value} is no option{nearest(value, _options(key))}")
+        elif equals and key == "reward" and _is_option("reward", value, argv):
+            rewritten.append(arg)
         elif equals and key == "reward" and is_expression(value, registered("reward")):
             rewritten += [f"reward={EXPRESSION}", f"reward.text={quoted(value)}"]
         elif equals and key in ("holdout", "tune.holdout", "draft.reward") and is_expression(value, registered("reward")):
@@ -84,13 +86,18 @@ def quoted(text: str) -> str:
     return "'" + re.sub(r"(\\*)('|\Z)", lambda m: 2 * m[1] + (r"\'" if m[2] else ""), text) + "'"
 
 
-def _is_path(value: str, argv: list[str]) -> bool:
+def _is_option(group: str, value: str, argv: list[str]) -> bool:
+    """Is there a file of that name, here or in a folder of the user's own?"""
     folders = [Path(__file__).parent / "configs"]
     for flag, after in zip(argv, [*argv[1:], ""], strict=True):
         if flag in ("--config-dir", "-cd"):
             folders.append(Path(after))
         elif flag.startswith("--config-dir="):
             folders.append(Path(flag.partition("=")[2]))
-    if any((folder / "model" / f"{value}.yaml").is_file() for folder in folders):
+    return any((folder / group / f"{value}.yaml").is_file() for folder in folders)
+
+
+def _is_path(value: str, argv: list[str]) -> bool:
+    if _is_option("model", value, argv):
         return False
     return "/" in value or (exists(value) and Path(value).is_dir())

@@ -168,3 +168,32 @@ def test_status(generate: Any, command: Any, tmp_path: Path, monkeypatch: pytest
         result = command("status", wrong)
         assert result.code == 2 and words in result.err and result.err.count("\n") == 1
     assert command("status").code == 2 and command("status", "o", "o").code == 2
+
+
+def test_a_manifest_that_was_put_in_order_is_read_anew(tmp_path: Path) -> None:
+    """Whatever stood in it before, and though it is the same file by its number."""
+    folder = Folder(tmp_path, rows(3), "s")
+    (tmp_path / "images").mkdir()
+    lines = []
+    for item in rows(3):
+        (tmp_path / "images" / f"{item.name}.png").write_bytes(b"")
+        lines.append({"id": item.id, "prompt": item.prompt, "image": f"images/{item.name}.png", "settings": "s"})
+    manifest = tmp_path / "manifest.jsonl"
+    append(manifest, [lines[2] | {"more": "x" * 40}, lines[0]])
+    folder.refresh()
+    assert list(folder.entries) == [2, 0]
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in (lines[0], lines[1], lines[2])))
+    folder.refresh()
+    assert sorted(folder.entries) == [0, 1, 2] and "more" not in folder.entries[2]
+    append(manifest, [lines[1] | {"more": "y"}])
+    folder.refresh()
+    assert folder.entries[1]["more"] == "y"
+
+
+def test_what_is_left_at_the_end_is_left_by_the_last_process(tmp_path: Path) -> None:
+    one, other = (Folder(tmp_path, [], "s", sinks=["webdataset"]) for _ in range(2))
+    with other.leases.renewing():
+        one.finish()
+        assert not (tmp_path / "shards").exists()
+    other.finish()
+    assert (tmp_path / "shards").exists()

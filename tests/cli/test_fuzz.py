@@ -26,14 +26,16 @@ reference reference_share budget.evals budget.seconds budget draft.steps draft.u
 call.height call call.width noise_network sampler.particles sampler.eta sampler.events sampler.potential
 sampler.name sampler.stages sampler.iterations reward.text reward.resize reward.target reward.name reward.head
 reward.rewards model.path model.dtype schedule.rho guide.strength experiment hydra.run.dir hydra.job.chdir
-tune.trials tune.holdout samplr reward.nope +new ~seed ++call.x hydra.nope
+tune.trials tune.holdout evaluate.samplers evaluate.budgets evaluate.seeds evaluate.features evaluate.reference evaluate.axes
+evaluate.neighbours evaluate samplr reward.nope +new ~seed ++call.x hydra.nope
 """
 KEYS = KEYS_TEXT.split()
 VALUES_TEXT = r"""
 null true false 0 1 -1 2.5 1e9 nan inf '' "" [] [1,2] {a:1} {} ??? ${seed} ${oc.env:HOME} ${nope} a,b 'a,b' fk
 best_of_n none random_search reno stages clip clip2 aesthetic checker shapes shapes-flow shapes-turbo path best all
 draw auto tiny tiny:x own native eta quadratic gif mp4 karras ays cpu cuda float16 squash webdataset [webdataset]
-[clip2,checker] clip+clip2 0.5*clip z(clip) clip( all_of(area(red)>area(blue)) left_of(red, area(red)>0.1
+[clip2,checker] [none,fk] {one:fk,two:none} [{name:fk,particles:2}] [2,4] colours inception vendi
+[vendi,reward] clip+clip2 0.5*clip z(clip) clip( all_of(area(red)>area(blue)) left_of(red, area(red)>0.1
 program(text='x') p.txt p.jsonl p.csv nowhere.txt ../x
 """
 VALUES = VALUES_TEXT.split()
@@ -58,7 +60,9 @@ arguments = st.one_of(
     st.sampled_from(FLAGS),
     st.text(max_size=10),
 )
-commands = st.sampled_from(["generate", "generate", "generate", "tune", "list", "status", "report", "comfy", "generat", ""])
+commands = st.sampled_from(
+    ["generate", "generate", "generate", "tune", "evaluate", "list", "status", "report", "comfy", "generat", ""]
+)
 lines = st.tuples(commands, st.lists(arguments, max_size=5)).map(lambda t: [t[0], *t[1]])
 cells = st.one_of(
     st.text(max_size=20), st.integers(), st.floats(), st.none(), st.booleans(), st.sampled_from(["a red star", "", " "])
@@ -88,7 +92,7 @@ def before_any_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(logging, "raiseExceptions", False)  # Hydra's handlers keep the stream of an earlier command
-    for name in ("diffsteer.generate.load", "diffsteer.tune.load"):
+    for name in ("diffsteer.generate.load", "diffsteer.tune.load", "diffsteer.evaluation.evaluate.load"):
         monkeypatch.setattr(name, stop)
     (tmp_path / "p.txt").write_text("a red star\n")
     (tmp_path / "p.jsonl").write_text('{"prompt": "a red star", "seed": 3}\n')

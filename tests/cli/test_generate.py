@@ -232,6 +232,14 @@ def test_a_plug_in_is_an_option_like_any_other(command: Any, monkeypatch: pytest
     assert "glow" in command("list", "rewards").out
 
 
+def test_an_option_of_ones_own_may_look_like_an_expression(generate: Any, tmp_path: Path) -> None:
+    (tmp_path / "own" / "reward").mkdir(parents=True)
+    (tmp_path / "own" / "reward" / "half-brightness.yaml").write_text("name: compressibility\nquality: 20\n")
+    result = generate("prompt=a star", "--config-dir=own", "reward=half-brightness", "--cfg=job")
+    assert result.code == 0 and "quality: 20" in result.out
+    assert "half" in generate("prompt=a star", "reward=half-brightness").err  # which is no reward
+
+
 def test_expressions_and_rewards_that_look_on(command: Any, manifest: Any, tmp_path: Path) -> None:
     """The scales of z-scores are measured once a folder; what looks on changes nothing, and its gains stand in the manifest."""
     (tmp_path / "p.txt").write_text("a red circle\na blue ring\n")

@@ -183,6 +183,29 @@ def test_two_processes_share_a_folder_and_one_of_them_is_killed(toy_folder: Path
     assert sum(name.startswith("at-") for name in left) <= 1 and len(left) <= 2  # of the one that was killed
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_launchers(launcher: str, toy_folder: Path, tmp_path: Path) -> None:
+    """Two processes as `torchrun` and `accelerate launch` start them: each prompt once, the sinks written, one of them
+    talks."""
+    how = {
+        "torchrun": ["torch.distributed.run", "--nproc-per-node=2", "-m"],
+        "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_cpu_threads_per_process=1", "-m"],
+    }[launcher]
+    command = [*asked(toy_folder, tmp_path, 6), "sinks=[webdataset]"]
+    whole = subprocess.run(
+        [sys.executable, "-m", "diffsteer", *command, f"out={tmp_path / 'whole'}"], capture_output=True, text=True
+    )
+    assert whole.returncode == 0, whole.stderr
+    argv = [sys.executable, "-m", *how, "diffsteer", *command, f"out={tmp_path / 'o'}"]
+    told = subprocess.run(argv, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.count("6 images") == 1
+    same_but_for_times(tmp_path / "o", tmp_path / "whole")
+    timed = [i for t in map(json.loads, (tmp_path / "o/timings.jsonl").read_text().splitlines()) for i in t["ids"]]
+    assert sorted(timed) == list(range(6))
+
+
 def done_in(folder: Path) -> list[dict[str, Any]]:
     path = folder / "manifest.jsonl"
     text = path.read_text() if path.exists() else ""
