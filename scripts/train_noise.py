@@ -15,26 +15,26 @@ predictor learns the reward from noise and caption first, and the network follow
 from __future__ import annotations
 
 import argparse
-import copy
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from bench_quality import held_out, interval, judge, second_reward
 from shapes_training import train
 from torch import Tensor, nn
 
 from diffsteer import SteeredPipeline, load_pipeline
-from diffsteer.noise_network import noise_network_of
+from diffsteer.noise_network import GRID, noise_network_of
 from diffsteer.rewards import ClipScore
 from diffsteer.samplers import RandomSearch, ReNO
 from diffsteer.shapes.models import NOISE
 from diffsteer.types import Context
 
 BATCH, RATE, SCALE, RANK = 32, 2e-3, 5.0, 16
-SPREAD, PREDICT = 8.0, 64
+SPREAD, PREDICT = 8.0, 128
 PER_FILE, NOISES = 1024, 8
 EMBEDDED = Context(1, 1, True)
 
@@ -68,15 +68,23 @@ class Chain:
 
 
 class Predictor(nn.Module):
-    """The generator's own network, retrained to say what reward a noise gets under a caption, from the mean, in SPREADs."""
+    """What reward a noise gets under a caption, from the mean, in SPREADs: a transformer over the cells of a coarse grid of the
+    noise, where layout is decided, and the caption's words. It knows nothing finer, as the network that follows it."""
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, words: int, grid: int = GRID, width: int = 96, layers: int = 3) -> None:
         super().__init__()
-        self.unet = copy.deepcopy(pipe.unet).requires_grad_(True)
+        self.grid, self.cells, self.words = grid, nn.Linear(4, width), nn.Linear(words, width)
+        self.places = nn.Parameter(0.1 * torch.randn(grid * grid, width))
+        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.1, "gelu", batch_first=True, norm_first=True)
+        self.body = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.read = nn.Linear(width, 1)
 
     def forward(self, z: Tensor, words: Tensor) -> Tensor:
-        out: Tensor = self.unet(z, torch.full((len(z),), 1000.0), encoder_hidden_states=words).sample
-        return out.mean((1, 2, 3)) * 8
+        coarse = F.adaptive_avg_pool2d(z, self.grid) * (z.shape[-1] / self.grid)  # of unit deviation
+        cells = self.cells(coarse.flatten(2).transpose(1, 2)) + self.places
+        seen: Tensor = self.body(torch.cat([cells, self.words(words)], 1))
+        found: Tensor = self.read(seen[:, : self.grid**2].mean(1))[:, 0]
+        return found
 
 
 def words_of(pipe: Any, captions: list[str]) -> Tensor:
@@ -98,7 +106,7 @@ def stage_predict(work: Path, steps: int) -> None:
     words = words_of(pipe, [texts[int(r)] for r in used]).half()
     groups = len(z) // NOISES
     held = groups // 20
-    predictor = Predictor(pipe)
+    predictor = Predictor(words.shape[-1])
 
     def batch(chosen: Tensor) -> tuple[Tensor, Tensor]:
         mine = (chosen[:, None] * NOISES + torch.arange(NOISES)).flatten()
@@ -110,7 +118,8 @@ def stage_predict(work: Path, steps: int) -> None:
         centred = (said - said.mean(1, keepdim=True)) - (true - true.mean(1, keepdim=True))
         return 0.3 * (said - true).square().mean() + centred.square().mean()
 
-    predictor.load_state_dict(train("predict", work, predictor, loss_of, steps, 6e-4).state_dict())
+    predictor.load_state_dict(train("predict", work, predictor, loss_of, steps, 1e-3).state_dict())
+    predictor.eval()
     with torch.no_grad():
         found = [batch(chosen) for chosen in torch.arange(groups - held, groups).split(16)]
     said, true = (torch.cat([f[k] for f in found]).view(-1, NOISES) for k in (0, 1))
@@ -123,7 +132,8 @@ def stage_predict(work: Path, steps: int) -> None:
 def stage_train(work: Path, steps: int) -> None:
     torch.manual_seed(9)
     pipe = fast()
-    network, predictor = noise_network_of(pipe, rank=RANK), Predictor(pipe)
+    network = noise_network_of(pipe, rank=RANK)
+    predictor = Predictor(words_of(pipe, ["a star"]).shape[-1])
     predictor.load_state_dict(torch.load(work / "predict.pt", weights_only=True))
     predictor.requires_grad_(False).eval()
     captions = (work / "captions.txt").read_text().split("\n")[:40_000]
