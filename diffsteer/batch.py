@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -80,13 +80,27 @@ class Maker:
             self.settle()
             self._failed(items, error)
         except KeyboardInterrupt:
-            self.settle()
+            self._stop()
             raise
         else:
-            self.settle()
-            self.before = Batch(items, self.writer.submit(self._end, items, rest if made is None else lambda: made))
+            batch = (items, rest if made is None else lambda: made)
+            try:
+                self.settle()
+            except KeyboardInterrupt:
+                self._send(*batch)  # it was made: it is not thrown away
+                self._stop()
+                raise
+            self._send(*batch)
             if made is not None and _interrupted(made):  # nothing more is begun
                 self.settle()
+
+    def _send(self, items: list[Item], rest: Callable[[], SteeredOutput]) -> None:
+        self.before = Batch(items, self.writer.submit(self._end, items, rest))
+
+    def _stop(self) -> None:
+        """Wait for what is on its way. What fails there is tried again by the run that goes on."""
+        if self.before is not None:
+            wait([self.before.ends])
 
     def settle(self) -> bool:
         """Wait for what is on its way; was there anything?"""

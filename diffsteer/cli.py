@@ -266,7 +266,7 @@ def _in_folder(work: Callable[[DictConfig, Path, str], None], config: DictConfig
     except Exception as error:
         if _exits is None:
             raise
-        _exits.append(_report(error, resume if any(out.glob("*.jsonl")) else ""))
+        _exits.append(_report(error, resume if any(out.glob("*.jsonl")) or (out / "evaluate.json").exists() else ""))
     finally:
         with contextlib.suppress(OSError):
             if out.stat().st_mtime >= _started:  # not a user's own folder

@@ -31,13 +31,13 @@ class Watch:
         self.asked: Tensor | None = None  # the time of each row, (N,), in the place of the pipeline's
         self._started = 0.0
 
-    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        if _active.get() is not self:
+    def enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> tuple[Any, Any] | None:
+        if _active.get() is not self:  # torch hands it no kwargs where another thread is just removing it
             return None
         self._started = time.perf_counter()
         return None if self.asked is None else _with_times(module, args, kwargs, self.asked)
 
-    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if _active.get() is not self:
             return
         prediction = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
@@ -75,7 +75,7 @@ def _with_times(module: nn.Module, args: Any, kwargs: Any, asked: Tensor) -> tup
 def watching(watch: Watch, *denoisers: nn.Module) -> Iterator[Watch]:
     """Hook the denoisers, and let `watch` be the active one inside the block."""
     handles = [d.register_forward_pre_hook(watch.enter, with_kwargs=True) for d in denoisers]
-    handles += [d.register_forward_hook(watch.leave, with_kwargs=True) for d in denoisers]
+    handles += [d.register_forward_hook(watch.leave) for d in denoisers]
     token = _active.set(watch)
     try:
         yield watch

@@ -115,30 +115,31 @@ class Job:
         more: dict[str, Any] = {"texts": texts, "video": self.config.video, "report": self.config.report}
         return Folder(path, self.items, self.digested, sinks=list(self.config.sinks), **more)
 
-    def ready(self, pipe: Any, out: Path, prompts: list[str]) -> None:
+    def ready(self, pipe: Any, out: Path, prompts: list[str], settings_hash: str | None = None) -> None:
         """Make what wants a pipeline; what is measured is kept in the folder `out`.
 
         Args:
+            settings_hash: under which it is kept; None for the job's own, as nobody else is to have it.
             prompts: to be scored; one that cannot be is refused before any other is done. Of many the first ones, of the
                 others each when it is its turn.
         """
-        config, draft = self.config, self.draft
+        config, draft, told = self.config, self.draft, settings_hash or self.digested
         if config.draft.model is not None:
             draft = draft_told(config, self.device)
         if self.reward is not None:
             for r in (self.reward, *self.holdouts.values()):
                 r.prepare(prompts[:CHECKED], Context(embedded=is_embedded(pipe)))
-            self.reward = self.scaled(self.reward, pipe, out / SCALES)
+            self.reward = self._scaled(self.reward, pipe, out / SCALES, told)
             for n, (name, held) in enumerate(self.holdouts.items()):
-                self.holdouts[name] = self.scaled(held, pipe, out / SCALES.replace(".", f"-{n}."))
+                self.holdouts[name] = self._scaled(held, pipe, out / SCALES.replace(".", f"-{n}."), told)
             if isinstance(draft, Draft) and isinstance(draft.reward, Reward):
-                draft = replace(draft, reward=self.scaled(draft.reward, pipe, out / SCALES.replace(".", "-draft.")))
+                draft = replace(draft, reward=self._scaled(draft.reward, pipe, out / SCALES.replace(".", "-draft."), told))
         start = self.start if config.noise_network is None else network_told(config, pipe, draft)
-        schedule = schedule_of(config, pipe, self.prompts, out, self.digested)
+        schedule = schedule_of(config, pipe, self.prompts, out, told)
         self.made = {"schedule": schedule, "guide": self.guide, "start": start, "budget": self.budget, "draft": draft}
 
-    def scaled(self, reward: Reward, pipe: Any, path: Path) -> Reward:
-        return scaled_reward(reward, self.config, pipe, self.prompts, path, self.digested)
+    def _scaled(self, reward: Reward, pipe: Any, path: Path, settings_hash: str) -> Reward:
+        return scaled_reward(reward, self.config, pipe, self.prompts, path, settings_hash)
 
     def fill(
         self, folder: Folder, pipe: Any, sampler: Sampler | None, say: Callable[[str], None] | None = None, ahead: bool = True
@@ -224,6 +225,14 @@ def search_told(config: DictConfig, sampler: Any, reward: Reward | None, guide: 
     return budget, draft
 
 
+def looks_once(sampler: Sampler | None, guide: Any) -> bool:
+    """Does it decode and score at the end alone? Then no other thread does while that is done."""
+    if sampler is None:
+        return True
+    guided = guide is not None or sampler.needs_grad or hasattr(sampler, "guidance")
+    return not guided and not isinstance(sampler, Search) and len(sampler.schedule(100)) == 1
+
+
 def _say(line: str) -> None:
     print(line, flush=True)
 
@@ -264,7 +273,7 @@ def _fill(
     first = rank()[0] == 0  # of several processes one talks
     if first:
         say(f"{prompts} prompt{'s' * (prompts > 1)}, {name}: {what}")
-    elsewhere = is_elsewhere(pipe.device, reward, *objects["holdout"].values())
+    elsewhere, guide = is_elsewhere(pipe.device, reward, *objects["holdout"].values()), objects.get("guide")
     events = None if searches else prompts if hasattr(sampler, "guidance") else (cost.decodes + cost.tiny_decodes) // particles
     with tqdm(
         total=None if timed else cost.evaluations if searches else events,
@@ -287,7 +296,7 @@ def _fill(
         generate(
             work.begin,
             folder,
-            ahead=not searches and (elsewhere or (ahead and pipe.device.type == "cpu" and has_spare_cores())),
+            ahead=looks_once(sampler, guide) and (elsewhere or (ahead and pipe.device.type == "cpu" and has_spare_cores())),
             seed=config.seed,
             output=config.output,
             batch=config.batch if sampler is not None else 1,

@@ -19,7 +19,7 @@ from diffsteer.charts import curves, descent, number
 from diffsteer.files import replacing
 from diffsteer.folder import MANIFEST
 from diffsteer.sheet import first_frame
-from diffsteer.status import is_inside, lines_of, status
+from diffsteer.status import COMPARISON, is_inside, lines_of, status
 from diffsteer.traces import read_trace
 from diffsteer.types import DiffsteerError
 
@@ -75,12 +75,18 @@ def write_report(folders: Sequence[str | Path], target: Path | None = None) -> P
     """
     runs = [Run(folder) for folder in folders]
     for run in runs:
+        if (run.path / COMPARISON).is_file():
+            raise DiffsteerError(f"{run.path} is a comparison: give one or two of its folders, such as {_first_in(run.path)}")
         if not run.entries:
             raise DiffsteerError(f"{run.path}: nothing is done yet, so there is nothing to report")
     target = runs[0].path / PAGE if target is None else target
     with replacing(target) as part:
         part.write_text(page(runs), encoding="utf-8")
     return target
+
+
+def _first_in(path: Path) -> str:
+    return str(path / next(iter(lines_of(path / COMPARISON, "folders")))["folders"][0])
 
 
 def page(runs: Sequence[Run]) -> str:

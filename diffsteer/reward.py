@@ -49,7 +49,9 @@ class Reward:
     taps: tuple[str, ...] = ()
 
     def prepare(self, prompts: Sequence[str], ctx: Context) -> None:
-        """Called once before a run: load what is needed, refuse prompts that cannot be scored (`DiffsteerError`)."""
+        """Called once before a run: load what is needed, refuse prompts that cannot be scored (`DiffsteerError`). It may be
+        called while another thread scores what was made before: what a cache drops here, `score` may still be about to
+        read."""
 
     def score(self, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
         """Score samples (N, ...), one prompt each. Returns (N,) float32. NaN loses."""

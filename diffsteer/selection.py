@@ -221,11 +221,15 @@ class Selection:
         return torch.arange(particles).repeat(self.problem.groups, 1)
 
     def finish(self, x: Tensor) -> Tensor:
-        """The last event, if it was left to this; returns the states that live on."""
+        """The last event, if it was left to this. What is scored is what there was at that event; what lives on is x, which a
+        user's callback may have changed since. Returns the states."""
         if self._end is None:
             return x
-        (x, log_ratio), self._end, self.later = self._end, None, False
-        return self(self.problem.steps, x, x, log_ratio)
+        (at, log_ratio), self._end, self.later = self._end, None, False
+        self(self.problem.steps, at, at, log_ratio)
+        if self.moved is None:
+            return x
+        return reindex(x.view(self.problem.groups, -1, *x.shape[1:]), self.moved).view_as(x)
 
     def note(self, rewards: Tensor, ancestors: Tensor) -> None:
         """A choice was made among what was just scored: what it did to the reward, and to those that look on."""

@@ -48,14 +48,17 @@ def status(folder: str | Path) -> tuple[list[str], bool]:
 def _comparison(path: Path) -> tuple[list[str], bool]:
     """Of the folders that samplers and seeds have in there."""
     told = json.loads((path / COMPARISON).read_text())
-    lines, finished, wanted = [], 0, len(told["folders"]) * told["prompts"]
+    asked = {json.dumps(id) for id in told["ids"]}
+    lines, finished, wanted = [], 0, len(told["folders"]) * len(asked)
     for name in told["folders"]:
         if not (path / name / RUN).is_file():
             continue
-        mine, done = status(path / name)
-        counted = len({e["id"] for e in lines_of(path / name / MANIFEST, "id", "image") if is_inside(path / name, e["image"])})
-        finished += min(counted, told["prompts"])
-        lines += [line if line.startswith("failed") else f"{name}: {line.partition(': ')[2]}" for line in mine if not done]
+        there = lines_of(path / name / MANIFEST, "id", "image")
+        done = {json.dumps(e["id"]) for e in there if is_inside(path / name, e["image"])} & asked
+        finished += len(done)
+        if len(done) < len(asked):
+            lines.append(f"{name}: {len(done)} of {len(asked)}")
+        lines += [f"{name}: {line}" for line in status(path / name)[0] if line.startswith("failed")]
     return [f"{path}: {finished} of {wanted} prompts done, in {len(told['folders'])} folders", *lines], finished == wanted
 
 

@@ -114,16 +114,17 @@ class Texts:
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """Features (N, D)."""
+        known = self._known  # of now: another thread may put a smaller one in its place
         for prompt in prompts:
-            if prompt not in self._known:
+            if prompt not in known:
                 with torch.inference_mode(False), torch.no_grad():
-                    self._known[prompt] = self.encode(prompt)
-        return torch.stack([self._known[prompt] for prompt in prompts])
+                    known[prompt] = self.encode(prompt)
+        return torch.stack([known[prompt] for prompt in prompts])
 
     def forget_all_but(self, prompts: Iterable[str]) -> None:
         """Drop the features of all other prompts, once there are thousands of them."""
         kept = set(prompts) if len(self._known) > MANY_TEXTS else set(self._known)
-        self._known = {p: features for p, features in self._known.items() if p in kept}
+        self._known = {p: features for p, features in self._known.copy().items() if p in kept}
 
 
 class OpenClip:

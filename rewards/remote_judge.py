@@ -97,13 +97,14 @@ class RemoteJudge(Reward):
         self.prepare(prompts, ctx)
         shown = [None if bool(image.isnan().any()) else _png(image) for image in samples]
         keys = [None if png is None else _digest(png, prompt) for png, prompt in zip(shown, prompts, strict=True)]
-        new = {k: (png, p) for k, png, p in zip(keys, shown, prompts, strict=True) if k is not None and k not in self._known}
-        if len(self._known) + len(new) > MOST:
-            self._known.clear()
+        known = self._known  # of now: another thread may put an empty one in its place
+        new = {k: (png, p) for k, png, p in zip(keys, shown, prompts, strict=True) if k is not None and k not in known}
+        if len(known) + len(new) > MOST:
+            self._known = known = {k: known[k] for k in keys if k is not None and k in known}
         with ThreadPoolExecutor(self.parallel) as pool:  # `map` keeps the order
             said = pool.map(lambda asked: self._rate(asked[0], asked[1]), new.values())
-            self._known |= dict(zip(new, said, strict=True))
-        found = [float("nan") if key is None else self._known[key] for key in keys]
+            known |= dict(zip(new, said, strict=True))
+        found = [float("nan") if key is None else known[key] for key in keys]
         return torch.tensor(found, dtype=torch.float32, device=samples.device)
 
     def _rate(self, png: bytes, prompt: str) -> float:

@@ -6,16 +6,17 @@ From samples to numbers: `features` (what is compared), `metrics` (sets of featu
 ``diffsteer[evaluate]``."""
 
 from diffsteer.evaluation.fronts import hypervolume, pareto_front
-from diffsteer.evaluation.intervals import Interval, bootstrap, jackknife
-from diffsteer.evaluation.metrics import frechet_distance, kernel_distance, manifolds
+from diffsteer.evaluation.intervals import Interval, jackknife, mean_interval
+from diffsteer.evaluation.metrics import Against, frechet_distance, kernel_distance, manifolds
 
 __all__ = [
+    "Against",
     "Interval",
-    "bootstrap",
     "frechet_distance",
     "hypervolume",
     "jackknife",
     "kernel_distance",
     "manifolds",
+    "mean_interval",
     "pareto_front",
 ]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from hydra import compose
 from omegaconf import DictConfig, OmegaConf
@@ -21,6 +21,16 @@ from diffsteer.types import DiffsteerError
 PLAIN, NONE = "plain", "none"
 DEFAULT = (NONE, "best_of_n", "fk")
 KEPT = "cells.json"  # what the budgets came to
+
+
+class Costs(Protocol):
+    """What tells what samplers cost."""
+
+    def cost(self, sampler: DictConfig) -> int:
+        """Evaluations of all prompts under a sampler's configuration."""
+
+    def alike(self) -> bool:
+        """Does every prompt cost the plain pipeline the same?"""
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,8 @@ def _entry(label: Any, value: Any) -> Entry:
     label = str(label) if label is not None else PLAIN if name == NONE else name
     if not re.fullmatch(r"[A-Za-z0-9][\w.+ -]*", label):
         raise DiffsteerError(f"evaluate.samplers: the label {label!r} takes letters, digits, _, -, . and +")
+    if label.endswith((".csv", ".json", ".md", ".png")):
+        raise DiffsteerError(f"evaluate.samplers: the label {label!r} is like a file's name, and labels name folders")
     if not re.fullmatch(r"[\w-]+", name):
         raise DiffsteerError(f"evaluate.samplers: {name!r} is no name of a sampler")
     option: DictConfig = compose("config", overrides=[f"sampler={name}"]).sampler
@@ -107,7 +119,7 @@ def _has_particles(sampler: Any) -> bool:
 def cells_of(
     entries: Sequence[Entry],
     budgets: Sequence[int] | None,
-    cost: Callable[[DictConfig], int],
+    bench: Costs,
     prompts: int,
     kept: Path,
     settings_hash: str,
@@ -118,12 +130,24 @@ def cells_of(
     sampler gets as many particles as it pays for.
 
     Args:
-        cost: evaluations of all prompts under a sampler's configuration. prompts: how many those are.
+        bench: tells costs. prompts: how many there are.
         kept: a file that keeps what came of it, so that going on loads nothing.
 
     Raises:
-        DiffsteerError: a sampler that costs more with a single particle.
+        DiffsteerError: a sampler that costs more with a single particle, a search where prompts do not cost the same, two
+            cells of one name.
     """
+    cells = _cells(entries, budgets, bench, prompts, kept, settings_hash)
+    names = [cell.name for cell in cells]
+    for name in names:
+        if names.count(name) > 1:
+            raise DiffsteerError(f"evaluate.samplers: two come to be called {name}: give them other labels")
+    return cells
+
+
+def _cells(
+    entries: Sequence[Entry], budgets: Sequence[int] | None, bench: Costs, prompts: int, kept: Path, settings_hash: str
+) -> list[Cell]:
     if budgets is None or all(e.settled for e in entries):
         return [Cell(entry, None, {}) for entry in entries]
     found = _read(kept, settings_hash)
@@ -135,22 +159,27 @@ def cells_of(
             if budget is None:
                 found[key] = {}
             elif key not in found:
-                plain = plain or cost(OmegaConf.create({"name": NONE}))
-                found[key] = _changes(entry, budget, plain, cost, prompts)
+                plain = plain or bench.cost(OmegaConf.create({"name": NONE}))
+                found[key] = _changes(entry, budget, plain, bench, prompts)
             cells.append(Cell(entry, budget, found[key]))
     with replacing(kept) as part:
         part.write_text(json.dumps({"settings": settings_hash, "cells": found}, indent=1))
     return cells
 
 
-def _changes(entry: Entry, budget: int, plain: int, cost: Callable[[DictConfig], int], prompts: int) -> dict[str, Any]:
+def _changes(entry: Entry, budget: int, plain: int, bench: Costs, prompts: int) -> dict[str, Any]:
     if isinstance(build("sampler", entry.sampler), Search):
+        if not bench.alike():
+            raise DiffsteerError(
+                f"evaluate.budgets: prompts have steps or guidance of their own, and the search {entry.label} one budget "
+                "for all: leave them out, or set evaluate.budgets=null"
+            )
         return {"evals": budget * plain // prompts}
 
     def costs(particles: int) -> int:
         sampler = OmegaConf.merge(entry.sampler, {"particles": particles})
         assert isinstance(sampler, DictConfig)
-        return cost(sampler)
+        return bench.cost(sampler)
 
     one = costs(1)
     particles = budget * plain // one

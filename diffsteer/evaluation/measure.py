@@ -16,16 +16,28 @@ from torch import Tensor
 
 from diffsteer.diversity import diversity
 from diffsteer.evaluation.fronts import hypervolume, pareto_front
-from diffsteer.evaluation.intervals import Interval, bootstrap, jackknife
-from diffsteer.evaluation.metrics import frechet_distance, kernel_distance, manifolds
+from diffsteer.evaluation.intervals import Bounds, Interval, jackknife, mean_interval
+from diffsteer.evaluation.metrics import Against
 from diffsteer.types import DiffsteerError
 
-COSTS = ("evaluations", "decodes", "reward_calls", "seconds")
+COSTS = ("evaluations", "backwards", "decodes", "tiny_decodes", "reward_calls", "seconds")
+RARE = ("backwards", "tiny_decodes")  # told where there are some
 DIVERSE, SETS = ("distance", "vendi"), ("fid", "kid", "precision", "recall", "density", "coverage")
 LOWER = ("fid", "kid")  # is better
-FLOORS = {"checker": 0.0, "distance": 0.0, "vendi": 1.0, "fid": 0.0, "density": 0.0}
-FLOORS |= dict.fromkeys(("precision", "recall", "coverage"), 0.0)
-SHARES = ("precision", "recall", "coverage")  # at most 1
+BOUNDS: dict[str, Bounds] = {
+    "checker": (0, 1),
+    "distance": (0, 2),
+    "vendi": (1, math.inf),
+    "fid": (0, math.inf),
+    "precision": (0, 1),
+    "recall": (0, 1),
+    "density": (0, math.inf),
+    "coverage": (0, 1),
+    **{cost: (0, math.inf) for cost in COSTS},
+}
+FREE: Bounds = (-math.inf, math.inf)
+Cells = Mapping[str, tuple[str, int | None]]  # label and budget, by name
+Cases = Mapping[str, Mapping[Any, Mapping[int, "Case"]]]  # by cell, prompt and seed
 
 
 @dataclass(frozen=True)
@@ -51,8 +63,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Front:
-    """Cells as points on several axes, where more is better (`LOWER` ones with their sign changed): which are on the front,
-    how much each label's cells cover together, and from where it is counted."""
+    """Cells as points on several axes, where more is better (`LOWER` ones with their sign changed): which are on the front, how
+    much each label's cells cover together, and from where it is counted."""
 
     axes: tuple[str, ...]
     points: dict[str, tuple[float, ...]]
@@ -65,9 +77,9 @@ class Results:
     """What all cells made of the prompts that all of them have, with all seeds.
 
     Args:
-        cells: by name, label and budget. cases: by cell, prompt and seed.
         features: of a list of pictures, (N, D); None leaves out whatever compares pictures.
-        real: features (M, D) of real ones; None leaves out what wants them. neighbours: of density and its like.
+        real: features (M, D) of real ones, from these prompts; None leaves out what wants them. neighbours: of density and its
+            like.
 
     Raises:
         DiffsteerError: no prompt that all cells have.
@@ -75,27 +87,36 @@ class Results:
 
     def __init__(
         self,
-        cells: Mapping[str, tuple[str, int | None]],
-        cases: Mapping[str, Mapping[Any, Mapping[int, Case]]],
+        cells: Cells,
+        cases: Cases,
         seeds: Sequence[int],
         features: Callable[[Sequence[Path]], Tensor] | None = None,
-        real: Tensor | None = None,
+        real: Callable[[Sequence[Any]], Tensor] | None = None,
         neighbours: int = 3,
     ) -> None:
-        self.cells, self.cases, self.seeds, self.real, self.neighbours = cells, cases, list(seeds), real, neighbours
-        everyone = [id for name in cells for id in cases[name]]
-        self.prompts = [
-            id for id in dict.fromkeys(everyone) if all(set(self.seeds) <= set(cases[c].get(id, {})) for c in cells)
-        ]
+        self.cells, self.cases, self.seeds = cells, cases, list(seeds)
+        everyone = dict.fromkeys(id for name in cells for id in cases[name])
+        self.prompts = [id for id in everyone if all(set(self.seeds) <= set(cases[c].get(id, {})) for c in cells)]
         if not self.prompts:
             raise DiffsteerError("no prompt is done by all samplers, so that there is nothing to compare")
         self.features: dict[str, Tensor] = {}  # (P, S, D)
-        for name in cells if features is not None else ():
+        compares = features is not None and (len(self.seeds) > 1 or real is not None)
+        for name in cells if compares else ():
             assert features is not None
             found = features([case.image for id in self.prompts for case in self._of(name, id)])
             self.features[name] = found.view(len(self.prompts), len(self.seeds), -1)
-        self.sets = [m for m in SETS if self.features and real is not None and self._large_enough(m)]
+        self.against = Against(real(self.prompts), neighbours) if self.features and real is not None else None
+        self.sets: list[str] = []
+        if self.against is not None:
+            self.sets = sets_of(len(self.prompts), len(self.seeds), len(self.against.features), neighbours)
         self.by_prompt = {name: self._by_prompt(name) for name in cells}
+        for metric in RARE:
+            if not any(of[metric].any() for of in self.by_prompt.values() if metric in of):
+                for of in self.by_prompt.values():
+                    of.pop(metric, None)
+        metrics = next(iter(self.by_prompt.values()))
+        # of each metric the prompts for which every cell has a number
+        self.known = {m: np.all([np.isfinite(of[m]) for of in self.by_prompt.values()], axis=0) for m in metrics}
 
     @property
     def scores(self) -> list[str]:
@@ -103,19 +124,25 @@ class Results:
         first = self._of(next(iter(self.cells)), self.prompts[0])[0]
         return list(first.scores)
 
+    @property
+    def metrics(self) -> list[str]:
+        """All that can be an axis: what is measured but costs."""
+        return [*(m for m in self.known if m not in COSTS), *self.sets]
+
     def rows(self) -> list[Row]:
-        """Every metric of every cell."""
+        """Every metric of every cell, costs last."""
         base = next(iter(self.cells))
         sets, differences = self._sets()
         rows = []
         for name, (label, budget) in self.cells.items():
-            mine = {
-                metric: (bootstrap(values), bootstrap(values - self.by_prompt[base][metric]))
-                for metric, values in self.by_prompt[name].items()
-            }
-            mine |= {m: (_within(sets[name, m], m), differences[name, m]) for m in self.sets}
-            ordered = [*(m for m in mine if m not in COSTS), *COSTS]
-            rows += [Row(name, label, budget, metric, *mine[metric]) for metric in ordered]
+            for metric in [*self.metrics, *(m for m in COSTS if m in self.known)]:
+                if metric in self.sets:
+                    value, difference = sets[name, metric].within(BOUNDS.get(metric, FREE)), differences[name, metric]
+                else:
+                    known, bounds = self.known[metric], BOUNDS.get(metric, FREE)
+                    mine, other = self.by_prompt[name][metric][known], self.by_prompt[base][metric][known]
+                    value, difference = mean_interval(mine, bounds), mean_interval(mine - other)
+                rows.append(Row(name, label, budget, metric, value, difference))
         return rows
 
     def front(self, axes: Sequence[str]) -> Front:
@@ -124,26 +151,31 @@ class Results:
         Raises:
             DiffsteerError: an axis that was not measured.
         """
-        check_axes(axes, [*(m for m in next(iter(self.by_prompt.values())) if m not in COSTS), *self.sets])
+        check_axes(axes, self.metrics)
 
         def points(prompts: Sequence[int]) -> dict[str, tuple[float, ...]]:
+            signs = [-1 if a in LOWER else 1 for a in axes]
             return {
-                name: tuple((-1 if a in LOWER else 1) * self._value(name, a, list(prompts)) for a in axes)
+                name: tuple(sign * self._value(name, a, list(prompts)) for a, sign in zip(axes, signs, strict=True))
                 for name in self.cells
             }
 
         whole = points(range(len(self.prompts)))
-        worst = [min(p[n] for p in whole.values()) for n in range(len(axes))]
-        reference = tuple(w if a in LOWER else FLOORS.get(a, w) for a, w in zip(axes, worst, strict=True))
+        worst = [min((p[n] for p in whole.values() if math.isfinite(p[n])), default=math.nan) for n in range(len(axes))]
+        floors = [-math.inf if a in LOWER else BOUNDS.get(a, FREE)[0] for a in axes]
+        reference = tuple(f if math.isfinite(f) else w for f, w in zip(floors, worst, strict=True))
         labels = list(dict.fromkeys(label for label, _ in self.cells.values()))
 
         def volumes(prompts: Sequence[int]) -> list[float]:
             at = points(prompts)
             of = [[at[name] for name, (mine, _) in self.cells.items() if mine == label] for label in labels]
-            return [hypervolume(group, reference) for group in (*of, list(at.values()))]
+            return [
+                hypervolume(group, reference) if all(map(math.isfinite, [*reference, *sum(group, ())])) else math.nan
+                for group in (*of, list(at.values()))
+            ]
 
         each = zip([*labels, "all"], jackknife(volumes, len(self.prompts)), strict=True)
-        found = {label: v._replace(low=max(0.0, v.low)) for label, v in each}
+        found = {label: v.within((0, math.inf)) for label, v in each}
         names = list(whole)
         return Front(tuple(axes), whole, [names[i] for i in pareto_front(list(whole.values()))], found, reference)
 
@@ -161,22 +193,21 @@ class Results:
                 apart = diversity(F.normalize(self.features[name][p], dim=1))
                 found["distance"].append(apart.distance)
                 found["vendi"].append(apart.vendi)
-            for metric in COSTS:
+            for metric in mine[0].cost:
                 found[metric].append(float(np.mean([case.cost[metric] for case in mine])))
         return {metric: np.asarray(values) for metric, values in found.items()}
 
     def _value(self, name: str, metric: str, prompts: list[int]) -> float:
-        if metric in self.by_prompt[name]:
-            return float(self.by_prompt[name][metric][prompts].mean())
-        return self._of_set(name, prompts)[metric]
+        if metric in self.sets:
+            return self._of_set(name, prompts)[metric]
+        known = [p for p in prompts if self.known[metric][p]]
+        return float(self.by_prompt[name][metric][known].mean()) if known else math.nan
 
     def _of_set(self, name: str, prompts: list[int]) -> dict[str, float]:
-        assert self.real is not None
+        assert self.against is not None
         made = self.features[name][torch.tensor(prompts)].flatten(0, 1)
-        found = {"fid": frechet_distance(made, self.real), "kid": kernel_distance(made, self.real)}
-        if "density" in self.sets:
-            found |= manifolds(made, self.real, self.neighbours)._asdict()
-        return found
+        found = {"fid": self.against.frechet_distance(made), "kid": self.against.kernel_distance(made)}
+        return found | (self.against.manifolds(made)._asdict() if "density" in self.sets else {})
 
     def _sets(self) -> tuple[dict[tuple[str, str], Interval], dict[tuple[str, str], Interval]]:
         """What sets of pictures are told by, and its difference to the first cell's."""
@@ -192,12 +223,12 @@ class Results:
         found = jackknife(statistic, len(self.prompts))
         return dict(zip(keys, found[: len(keys)], strict=True)), dict(zip(keys, found[len(keys) :], strict=True))
 
-    def _large_enough(self, metric: str) -> bool:
-        """Are there samples enough, one tenth of the prompts (one at least) left out?"""
-        assert self.real is not None
-        left = len(self.prompts) - max(1, math.ceil(len(self.prompts) / 10)) if len(self.prompts) > 1 else 1
-        least = 2 if metric in ("fid", "kid") else self.neighbours + 1
-        return min(left * len(self.seeds), len(self.real)) >= least
+
+def sets_of(prompts: int, seeds: int, real: int, neighbours: int) -> list[str]:
+    """The metrics of sets for which there are samples enough, one tenth of the prompts (one at least) left out."""
+    left = prompts - math.ceil(prompts / 10) if prompts > 1 else 1
+    fewest = min(left * seeds, real)
+    return [m for m in SETS if fewest >= (2 if m in LOWER else neighbours + 1)]
 
 
 def check_axes(axes: Sequence[str], measured: Sequence[str]) -> None:
@@ -209,9 +240,3 @@ def check_axes(axes: Sequence[str], measured: Sequence[str]) -> None:
     for axis in axes:
         if axis not in measured:
             raise DiffsteerError(f"evaluate.axes: {axis} is not measured; valid: {', '.join(measured)}")
-
-
-def _within(interval: Interval, metric: str) -> Interval:
-    """An interval that goes no further than its metric can."""
-    low = max(interval.low, FLOORS.get(metric, -math.inf))
-    return interval._replace(low=low, high=min(interval.high, 1.0) if metric in SHARES else interval.high)

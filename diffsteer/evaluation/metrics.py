@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,67 @@ class Manifolds(NamedTuple):
     coverage: float
 
 
+class Against:
+    """Real samples that others are compared with: features (M, D), and what of them is wanted more than once.
+
+    Args:
+        neighbours: k of `manifolds`.
+    """
+
+    def __init__(self, real: Tensor, neighbours: int = 3) -> None:
+        self.features, self.neighbours = real.double().cpu(), neighbours
+
+    def frechet_distance(self, made: Tensor) -> float:
+        """See the function."""
+        _check(made, self.features)
+        metric = self._frechet
+        metric.update(made.double().cpu(), real=False)
+        found = float(metric.compute())
+        metric.reset()  # the made ones alone
+        return found
+
+    def kernel_distance(self, made: Tensor) -> float:
+        """See the function."""
+        _check(made, self.features)
+        x = made.double().cpu()
+        return _within(x) + self._within - 2 * _kernel_sum(x, self.features) / (len(x) * len(self.features))
+
+    def manifolds(self, made: Tensor) -> Manifolds:
+        """See the function."""
+        k = self.neighbours
+        _check(made, self.features, k + 1)
+        x, y, of_real = made.double().cpu(), self.features, self._radii
+        of_made = _radii(x, k)
+        inside = []  # of each made sample, in how many balls of real ones it lies
+        nearest = torch.full((len(y),), torch.inf, dtype=torch.float64)
+        recalled = torch.zeros(len(y), dtype=torch.bool)
+        for rows, radii in zip(torch.split(x, ROWS), torch.split(of_made, ROWS), strict=True):
+            d = torch.cdist(rows, y)
+            inside.append((d <= of_real).sum(1))
+            nearest = torch.minimum(nearest, d.amin(0))
+            recalled |= (d <= radii[:, None]).any(0)
+        balls, covered = torch.cat(inside).double(), nearest <= of_real
+        shares = ((balls > 0).double().mean(), recalled.double().mean(), balls.mean() / k, covered.double().mean())
+        return Manifolds(*map(float, shares))
+
+    @functools.cached_property
+    def _frechet(self) -> Any:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        given = _Given(self.features.shape[1])
+        metric = FrechetInceptionDistance(feature=given, reset_real_features=False).set_dtype(torch.float64)
+        metric.update(self.features, real=True)
+        return metric
+
+    @functools.cached_property
+    def _within(self) -> float:
+        return _within(self.features)
+
+    @functools.cached_property
+    def _radii(self) -> Tensor:
+        return _radii(self.features, self.neighbours)
+
+
 def frechet_distance(made: Tensor, real: Tensor) -> float:
     """FID (Heusel et al., 2017, arXiv 1706.08500) of features (N, D) and (M, D), by torchmetrics, in float64. With fewer
     samples than tens of D it is far too large: compare at equal numbers only.
@@ -29,37 +91,23 @@ def frechet_distance(made: Tensor, real: Tensor) -> float:
     Raises:
         DiffsteerError: fewer than two samples on a side.
     """
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
-    _check(made, real)
-    metric = FrechetInceptionDistance(feature=_Given(made.shape[1])).set_dtype(torch.float64)
-    metric.update(real.double().cpu(), real=True)
-    metric.update(made.double().cpu(), real=False)
-    return float(metric.compute())
+    return Against(real).frechet_distance(made)
 
 
 def kernel_distance(made: Tensor, real: Tensor) -> float:
-    """KID (Bińkowski et al., 2018, arXiv 1801.01401): the squared maximum mean discrepancy under the kernel (x y / D + 1)^3,
-    of all samples at once. Unbiased: around 0 for two sets of one kind, below it half of the time.
+    """KID (Bińkowski et al., 2018, arXiv 1801.01401): the squared maximum mean discrepancy under the kernel (x y / D + 1)^3, of
+    all samples at once. Unbiased: around 0 for two sets of one kind, below it half of the time. Some rows of the kernel at
+    a time are in memory.
 
     Raises:
         DiffsteerError: fewer than two samples on a side.
     """
-    from torchmetrics.image.kid import poly_kernel
-
-    _check(made, real)
-    x, y = made.double().cpu(), real.double().cpu()
-
-    def within(a: Tensor) -> Tensor:
-        k = poly_kernel(a, a)
-        return (k.sum() - k.diagonal().sum()) / (len(a) * (len(a) - 1))
-
-    return float(within(x) + within(y) - 2 * poly_kernel(x, y).mean())
+    return Against(real).kernel_distance(made)
 
 
 def manifolds(made: Tensor, real: Tensor, neighbours: int = 3) -> Manifolds:
     """Balls around the samples (N, D) and (M, D) of a set, each as far as its k-th nearest neighbour there, stand for where
-    that set lies. Exact; memory for some rows of distances at a time.
+    that set lies. Exact; some rows of distances at a time are in memory.
 
     Args:
         neighbours: k, less than N and M.
@@ -67,25 +115,19 @@ def manifolds(made: Tensor, real: Tensor, neighbours: int = 3) -> Manifolds:
     Raises:
         DiffsteerError: too few samples on a side.
     """
-    _check(made, real, neighbours + 1)
-    x, y = made.double().cpu(), real.double().cpu()
-    of_real, of_made = _radii(y, neighbours), _radii(x, neighbours)
-    inside = []  # of each made sample, in how many balls of real ones it lies
-    nearest = torch.full((len(y),), torch.inf, dtype=torch.float64)
-    recalled = torch.zeros(len(y), dtype=torch.bool)
-    for rows, radii in zip(torch.split(x, ROWS), torch.split(of_made, ROWS), strict=True):
-        d = torch.cdist(rows, y)
-        inside.append((d <= of_real).sum(1))
-        nearest = torch.minimum(nearest, d.amin(0))
-        recalled |= (d <= radii[:, None]).any(0)
-    balls = torch.cat(inside).double()
-    covered = nearest <= of_real
-    return Manifolds(
-        float((balls > 0).double().mean()),
-        float(recalled.double().mean()),
-        float(balls.mean() / neighbours),
-        float(covered.double().mean()),
-    )
+    return Against(real, neighbours).manifolds(made)
+
+
+def _kernel_sum(x: Tensor, y: Tensor) -> float:
+    from torchmetrics.image.kid import poly_kernel
+
+    return float(sum(poly_kernel(rows, y).sum() for rows in torch.split(x, ROWS)))
+
+
+def _within(x: Tensor) -> float:
+    """The mean kernel of pairs of different samples."""
+    own = (x.square().sum(1) / x.shape[1] + 1) ** 3
+    return (_kernel_sum(x, x) - float(own.sum())) / (len(x) * (len(x) - 1))
 
 
 def _radii(x: Tensor, neighbours: int) -> Tensor:

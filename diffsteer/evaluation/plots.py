@@ -12,37 +12,35 @@ from diffsteer.evaluation.intervals import Interval
 from diffsteer.evaluation.measure import LOWER, Front, Row
 from diffsteer.files import replacing
 
-ROWS = 6  # of panels, at most
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933")  # told apart by most eyes
 MARKS = "osD^vP*X"
 
 
 def plot_scaling(path: Path, rows: Sequence[Row], metrics: Sequence[str]) -> None:
-    """One panel a metric and cost: evaluations to the left, seconds to the right, both a prompt; bars are 95 % intervals."""
+    """Two panels a metric, against evaluations and against seconds, both a prompt; bars are 95 % intervals."""
     plt = _pyplot()
-    shown = list(metrics)[:ROWS]
-    by = {(r.cell, r.metric): r for r in rows}
-    labels = _labels(rows)
-    figure, axes = plt.subplots(len(shown), 2, figsize=(9.5, 2.5 * len(shown) + 0.6), squeeze=False, sharex="col", sharey="row")
-    for line, metric in zip(axes, shown, strict=True):
-        for axis, cost in zip(line, ("evaluations", "seconds"), strict=True):
+    by, labels = {(r.cell, r.metric): r.value for r in rows}, _labels(rows)
+    lines = math.ceil(len(metrics) / 2)
+    figure, axes = plt.subplots(lines, 4, figsize=(17, 2.6 * lines + 0.6), squeeze=False)
+    panels = [(line[c], line[c + 1]) for line in axes for c in (0, 2)]
+    for (left, right), metric in zip(panels, metrics, strict=False):
+        for axis, cost in ((left, "evaluations"), (right, "seconds")):
             for n, (label, cells) in enumerate(labels.items()):
-                points = sorted((by[c, cost].value.value, by[c, metric].value) for c in cells)
-                xs, ys = [x for x, _ in points], [v.value for _, v in points]
-                style: dict[str, Any] = {
-                    "color": COLOURS[n % len(COLOURS)],
-                    "marker": MARKS[n % len(MARKS)],
-                    "ms": 5,
-                    "lw": 1.4,
-                }
-                bars = _bars([v for _, v in points])
-                axis.errorbar(xs, ys, bars, capsize=2.5, elinewidth=1, label=label, **style)
+                points = sorted((by[c, cost].value, *by[c, metric]) for c in cells)
+                values = [Interval(*p[1:]) for p in points]
+                style: dict[str, Any] = {"color": COLOURS[n % len(COLOURS)], "marker": MARKS[n % len(MARKS)], "ms": 5}
+                axis.errorbar(
+                    [p[0] for p in points], [v.value for v in values], _bars(values), label=label, capsize=2.5, lw=1.4, **style
+                )
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter(lambda x, _: f"{x:.3g}")
             axis.grid(alpha=0.3)
-        line[0].set_ylabel(metric + (", less is better" if metric in LOWER else ""))
-    axes[-1][0].set_xlabel("evaluations a prompt")
-    axes[-1][1].set_xlabel("seconds a prompt")
+            axis.set_xlabel(f"{cost} a prompt")
+        left.set_ylabel(metric + (", less is better" if metric in LOWER else ""))
+        right.sharey(left)
+    for pair in panels[len(metrics) :]:
+        for axis in pair:
+            axis.set_visible(False)
     axes[0][1].legend(fontsize=8)
     _save(figure, path)
 

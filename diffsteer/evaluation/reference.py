@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,22 @@ from diffsteer.types import Context, DiffsteerError
 
 CLIP = "clip"  # whose score is CLIPScore
 SHAPES, RENDERS = "shapes", 16  # the reference that the shapes world draws itself: so many pictures of each caption
-Reading = tuple[Space, Callable[[Sequence[Item], Space], Tensor] | None]
+Real = Callable[[Sequence[Item]], Tensor]  # from prompts to features (M, D) of real pictures
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What pictures are compared in, by its name, and the real ones, of so many a prompt (or in all, a folder's)."""
+
+    name: str
+    space: Space
+    real: Real | None = None
+    a_prompt: int = 0
+    in_all: int = 0
+
+    def many(self, prompts: int) -> int:
+        """How many real pictures there are for so many prompts."""
+        return self.in_all or prompts * self.a_prompt
 
 
 def reading(told: DictConfig, base: DictConfig) -> Reading:
@@ -30,24 +47,23 @@ def reading(told: DictConfig, base: DictConfig) -> Reading:
     """
     embedded = base.model.path in MODELS
     ctx = Context(embedded=embedded)
-    if told.features is None:
-        told.features = "clip2" if embedded else CLIP
-    value = OmegaConf.to_container(told.features) if OmegaConf.is_config(told.features) else told.features
+    given = ("clip2" if embedded else CLIP) if told.features is None else told.features
+    value = OmegaConf.to_container(given) if OmegaConf.is_config(given) else given
     if isinstance(value, str) and (value == COLOURS or value.partition(":")[0] == INCEPTION):
         space = space_of(value, ctx)
     else:
         space = space_of(named_reward(value, "evaluate.features", COLOURS, INCEPTION), ctx)
     if told.reference is None:
-        return space, None
+        return Reading(str(value), space)
     if told.reference == SHAPES and not Path(SHAPES).exists():
         if not embedded or base.model.path == "shapes-motion":
             raise DiffsteerError(f"evaluate.reference={SHAPES} draws the shapes world; model={base.model.path} draws others")
-        return space, _renders
+        return Reading(str(value), space, partial(_renders, space), RENDERS)
     files = pictures_in(told.reference)
-    return space, lambda items, space: features_of_files(space, files)
+    return Reading(str(value), space, lambda items: features_of_files(space, files), in_all=len(files))
 
 
-def _renders(items: Sequence[Item], space: Space) -> Tensor:
+def _renders(space: Space, items: Sequence[Item]) -> Tensor:
     """Features of pictures that the shapes world draws itself of the prompts' captions."""
     from diffsteer.shapes.grammar import parse
     from diffsteer.shapes.scene import render, scene_of

@@ -10,18 +10,18 @@ from pathlib import Path
 
 from diffsteer.charts import number
 from diffsteer.evaluation.intervals import Interval
-from diffsteer.evaluation.measure import COSTS, Front, Results, Row
+from diffsteer.evaluation.measure import COSTS, Case, Front, Results, Row
 from diffsteer.files import replacing
 
 
 def write_cases(path: Path, results: Results) -> None:
     """A line a cell, prompt and seed."""
-    names = [*results.scores, *COSTS]
+    names = [*results.scores, *(c for c in COSTS if c in results.known)]
     lines: list[Sequence[object]] = [("cell", "sampler", "budget", "id", "seed", *names, "image")]
     for cell, (label, budget) in results.cells.items():
         for id in results.prompts:
             for seed in results.seeds:
-                case = results.cases[cell][id][seed]
+                case: Case = results.cases[cell][id][seed]
                 told = [_exact({**case.scores, **case.cost}[name]) for name in names]
                 place = case.image.relative_to(path.parent) if case.image.is_relative_to(path.parent) else case.image
                 lines.append((cell, label, "" if budget is None else budget, id, seed, *told, place.as_posix()))
@@ -78,7 +78,7 @@ def shown(value: Interval, signed: bool = False) -> str:
     if math.isnan(value.value):
         return "none"
     sign = "+" if signed and value.value > 0 else ""
-    if value.low == value.high or math.isnan(value.low):
+    if value.low == value.high or math.isnan(value.low) or math.isnan(value.high):
         return sign + number(value.value)
     digits = max(0, 2 - math.floor(math.log10(max(value.high - value.low, 1e-9))) - 1)
     return f"{sign}{value.value:.{digits}f} ({value.low:.{digits}f} to {value.high:.{digits}f})"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,7 +71,7 @@ def test_it_goes_on_and_makes_nothing_twice(
     half.write_text("".join(half.read_text().splitlines(keepends=True)[:1]))
     told = command("status", "o")
     assert told.code == 1 and told.out.splitlines()[0] == "o: 10 of 12 prompts done, in 4 folders"
-    assert "best_of_n-x2/seed-1: 1 of 3 prompts done, 2 to do" in told.out
+    assert told.out.splitlines()[1:] == ["best_of_n-x2/seed-1: 1 of 3"]
     assert evaluate(*options).code == 0
 
     def scores(text: str) -> list[list[str]]:
@@ -140,6 +142,88 @@ def test_a_prompt_that_fails_is_left_out_and_the_exit_code_tells(
         assert {line["id"] for line in csv.DictReader(file)} == {"0", "2"}
 
 
+def test_one_prompt_and_seeds_of_its_own(command: Any, tmp_path: Path) -> None:
+    """Its own seed is where its seeds begin; of one prompt there are no intervals, and no error."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a red circle", "seed": 5}')
+    result = command("evaluate", "prompts=p.jsonl", *QUICK, *TWO)
+    assert result.code == 0, result.err
+    with (tmp_path / "o/cases.csv").open() as file:
+        rewards = [line["reward"] for line in csv.DictReader(file) if line["cell"] == "plain"]
+    assert len(set(rewards)) == 2 and value(tmp_path / "o", "plain", "distance") > 0
+    assert metrics(tmp_path / "o")["plain", "reward"]["low"] == ""
+    assert command("generate", "prompt=a red circle", "seed=6", "sampler=none", "num_inference_steps=2", "out=g").code == 0
+
+
+def test_scales_are_everyones_also_after_going_on(evaluate: Any, tmp_path: Path) -> None:
+    """A z-score has one scale in all cells and seeds, whenever they were made."""
+    options = (*TWO[:2], "reward=brightness + 0.5*z(sharpness)", "holdout=[]")
+    assert evaluate(*options).code == 0
+    first = (tmp_path / "o/cases.csv").read_text()
+    (tmp_path / "o/plain/seed-1/manifest.jsonl").unlink()
+    assert evaluate(*options).code == 0
+
+    def rewards(text: str) -> list[list[str]]:
+        return [line.split(",")[:6] for line in text.splitlines()]
+
+    assert rewards((tmp_path / "o/cases.csv").read_text()) == rewards(first)
+    assert (tmp_path / "o/scales.json").exists() and not list((tmp_path / "o").glob("*/*/scales.json"))
+
+
+def test_two_processes_compare_in_one_folder(tmp_path: Path) -> None:
+    """Whichever comes first, all of it is made once, and what both write is whole."""
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
+    argv = [sys.executable, "-m", "diffsteer", "evaluate", "prompts=p.txt", *QUICK, *TWO]
+    both = [subprocess.Popen(argv, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in both:
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        assert "| best_of_n-x2 |" in out
+    for folder in ("plain/seed-0", "plain/seed-1", "best_of_n-x2/seed-0", "best_of_n-x2/seed-1"):
+        timed = [i for t in (tmp_path / "o" / folder / "timings.jsonl").read_text().splitlines() for i in json.loads(t)["ids"]]
+        assert sorted(timed) == [0, 1, 2]
+    assert not list((tmp_path / "o").glob(".*.part"))
+
+
+def test_a_cell_that_breaks_is_left_out_and_told(evaluate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffsteer.samplers import FeynmanKac
+
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("no memory for that")
+
+    monkeypatch.setattr(FeynmanKac, "init", broken)
+    result = evaluate("evaluate.samplers=[none,fk]", "evaluate.budgets=[2]", "reward=brightness", "holdout=[]")
+    assert result.code == 1 and "fk-x2, seed 0: RuntimeError: no memory for that" in result.err and result.err.count("\n") == 1
+    assert "the same command with out=o goes on" in result.err
+    assert {c for c, _ in metrics(tmp_path / "o")} == {"plain"}
+
+
+def test_a_folder_of_something_else(evaluate: Any, command: Any, tmp_path: Path) -> None:
+    assert command("generate", "prompt=a red circle", "num_inference_steps=2", "out=o").code == 0
+    result = evaluate(*TWO)
+    assert result.code == 2 and "is of diffsteer generate; choose another out=" in result.err
+    assert command("evaluate", "prompts=p.txt", *QUICK[:2], *TWO, "evaluate.seeds=1", "out=c").code == 0
+    told = command("report", "c")
+    assert told.code == 2 and "c is a comparison: give one or two of its folders, such as c/plain/seed-0" in told.err
+
+
+def test_a_search_has_one_budget_for_all_prompts(command: Any, tmp_path: Path) -> None:
+    lines = [{"prompt": "a red circle"}, {"prompt": "a blue ring", "num_inference_steps": 6}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    common = ("evaluate", "prompts=p.jsonl", *QUICK, *TWO[1:], "evaluate.seeds=1")
+    result = command(*common, "evaluate.samplers=[random_search]")
+    assert result.code == 2 and "prompts have steps or guidance of their own, and the search random_search" in result.err
+    assert command(*common, "evaluate.samplers=[none,best_of_n]").code == 0
+    assert value(tmp_path / "o", "best_of_n-x2", "evaluations") == 2 * value(tmp_path / "o", "plain", "evaluations")
+
+
+def test_a_sampler_of_an_experiment_has_no_effect_either(evaluate: Any, tmp_path: Path) -> None:
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    text = "# @package _global_\ndefaults:\n  - override /sampler: best_of_n\n"
+    (tmp_path / "own" / "experiment" / "mine.yaml").write_text(text)
+    result = evaluate("--config-dir=own", "experiment=mine", *TWO)
+    assert result.code == 2 and "experiment=mine has no effect: give evaluate.samplers=" in result.err
+
+
 @pytest.mark.parametrize(
     "options, said",
     [
@@ -149,6 +233,8 @@ def test_a_prompt_that_fails_is_left_out_and_the_exit_code_tells(
         (["evaluate.samplers=[{name: fk, particles: 0}]"], "particles=0"),
         (["evaluate.samplers=[3]"], "evaluate.samplers: 3 is neither a name nor a mapping"),
         (["evaluate.samplers={../up: fk}"], "the label '../up' takes letters"),
+        (["evaluate.samplers={table.md: fk}"], "the label 'table.md' is like a file's name"),
+        (["evaluate.samplers={fk: fk, fk-x4: {name: fk, particles: 2}}"], "two come to be called fk-x4"),
         (["evaluate.budgets=[0]"], "evaluate.budgets=[0]; wanted different numbers of plain runs"),
         (["evaluate.budgets=[2,2]"], "wanted different numbers"),
         (["evaluate.seeds=0"], "evaluate.seeds=0; at least 1 is needed"),

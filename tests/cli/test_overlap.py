@@ -14,12 +14,13 @@ import torch
 from prompt_files import rows
 
 from diffsteer import SteeredPipeline
-from diffsteer.batch import generate
+from diffsteer.batch import Maker, generate
 from diffsteer.folder import Folder, paced
 from diffsteer.leases import has_spare_cores
 from diffsteer.prompts import Item
 from diffsteer.reward import ZScore, is_elsewhere
 from diffsteer.rewards import Brightness, ClipScore, RemoteJudge
+from diffsteer.rewards.open_clip_model import Texts
 from diffsteer.run import SteeredOutput
 from diffsteer.samplers import BestOfN, FeynmanKac
 from diffsteer.types import FailedError, RewardError
@@ -93,15 +94,19 @@ def test_a_failure_at_the_end_is_the_prompts_own(folder: Folder, made: SteeredOu
     """One of a batch of two fails when it is scored: it is noted, its neighbour and the others are made."""
 
     def begin(items: Sequence[Item]) -> Callable[[], SteeredOutput]:
+        asked.append([int(item.id) for item in items])
+
         def rest() -> SteeredOutput:
             if any(item.id == 1 for item in items):
                 raise RewardError("no score")
-            return SteeredOutput(**{**vars(made), "prompts": [i.prompt for i in items]})
+            return made
 
         return rest
 
+    asked: list[list[int]] = []
     with pytest.raises(FailedError, match="1 of 3 prompts failed"):
-        generate(begin, folder, seed=0, output="best", batch=1, ahead=ahead)
+        generate(begin, folder, seed=0, output="best", batch=2, ahead=ahead)
+    assert asked[0] == [0, 1] and [0] in asked and [1] in asked and [2] in asked and len(asked) == 4
     assert sorted(names(folder)) == [0, 2] and list(folder.failed) == [1]
     assert not list((folder.path / ".leases").glob("[0-9]*.json"))
 
@@ -115,6 +120,70 @@ def test_what_was_on_its_way_is_kept_when_the_next_one_is_stopped(folder: Folder
     with pytest.raises(KeyboardInterrupt):
         generate(begin, folder, seed=0, output="best", ahead=True)
     assert names(folder) == [0]
+
+
+def test_what_was_made_is_kept_when_waiting_for_the_writer_is_stopped(
+    folder: Folder, made: SteeredOutput, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while the first prompt is written and the second one is ready: both are on disk afterwards."""
+    usual, settle = Folder.add, Maker.settle
+    stopped: list[bool] = []
+
+    def slow(self: Folder, *rest: Any) -> None:
+        time.sleep(0.2)
+        usual(self, *rest)
+
+    def interrupted(self: Maker) -> bool:
+        if self.before is not None and not stopped:
+            stopped.append(True)
+            self.before = None
+            raise KeyboardInterrupt
+        return settle(self)
+
+    monkeypatch.setattr(Folder, "add", slow)
+    monkeypatch.setattr(Maker, "settle", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generate(lambda items: lambda: made, folder, seed=0, output="best")
+    assert names(folder) == [0, 1]
+
+
+ONCE = [("best_of_n", True), ("none", True), ("fk", False), ("mpgd", False), ("beam", False)]
+
+
+@pytest.mark.parametrize("sampler, once", ONCE)
+def test_only_what_looks_once_runs_ahead(
+    command: Any, toy_folder: Path, monkeypatch: pytest.MonkeyPatch, sampler: str, once: bool
+) -> None:
+    """With cores to spare; the pictures, and but for a search's seconds the manifest, are those of a run that did not."""
+    seen: list[bool] = []
+    usual = generate
+
+    def noted(*args: Any, ahead: bool, **more: Any) -> None:
+        seen.append(ahead)
+        usual(*args, ahead=ahead, **more)
+
+    monkeypatch.setattr("diffsteer.job.generate", noted)
+    options = ["prompts=p.txt", f"sampler={sampler}", "deterministic=true", "reward=brightness", f"model={toy_folder}"]
+    Path("p.txt").write_text("a star\na ring\na cross\n")
+    for spare, out in ((True, "a"), (False, "b")):
+        monkeypatch.setattr("diffsteer.job.has_spare_cores", lambda spare=spare: spare)
+        result = command("generate", *options, "num_inference_steps=4", f"out={out}")
+        assert result.code == 0, result.err
+    assert seen == [once, False]
+    for name in ("images/000.png", "images/002.png", *(["manifest.jsonl"] if sampler != "beam" else [])):
+        assert Path("a", name).read_bytes() == Path("b", name).read_bytes(), name
+
+
+def test_texts_may_be_forgotten_while_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by the next batch's `prepare`, between two of a batch that is scored in another thread."""
+    monkeypatch.setattr("diffsteer.rewards.open_clip_model.MANY_TEXTS", 1)
+
+    def encode(prompt: str) -> torch.Tensor:
+        texts.forget_all_but([])
+        return torch.tensor([float(len(prompt))])
+
+    texts = Texts(encode)
+    assert texts(["a", "bb", "ccc", "a"]).flatten().tolist() == [1, 2, 3, 1]
 
 
 def test_a_full_disk_stops_it(folder: Folder, made: SteeredOutput, monkeypatch: pytest.MonkeyPatch) -> None:

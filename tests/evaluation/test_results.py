@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffsteer.evaluation.features import as_tensor, features_of_files, pictures_in, space_of
-from diffsteer.evaluation.measure import Case, Results, Row
+from diffsteer.evaluation.measure import Case, Results, Row, sets_of
 from diffsteer.evaluation.plots import plot_fronts, plot_scaling
 from diffsteer.evaluation.tables import markdown, shown, write_cases, write_fronts, write_metrics
 from diffsteer.rewards import ClipScore, Compressibility
@@ -45,6 +45,11 @@ def features(files: Sequence[Path]) -> Tensor:
     return torch.stack(rows)
 
 
+def real(prompts: Sequence[Any]) -> Tensor:
+    """As the middle cell made them."""
+    return features([case(1, p, s).image for p in prompts for s in SEEDS])
+
+
 @pytest.fixture
 def cases() -> dict[str, dict[Any, dict[int, Case]]]:
     return {name: {p: {s: case(c, p, s) for s in SEEDS} for p in range(8)} for c, name in enumerate(CELLS)}
@@ -56,6 +61,7 @@ def test_rows_are_means_over_seeds_and_prompts_and_differences_are_paired(cases:
     assert rows["plain", "reward"].value.value == pytest.approx(3.5 + 3.5)
     assert rows["fk-x4", "reward"].difference == pytest.approx((20, 20, 20))  # the same for every prompt: no doubt at all
     assert rows["plain", "reward"].value.high - rows["plain", "reward"].value.low > 1
+    assert rows["fk-x2", "checker"].value.low < 0.7  # eight of eight
     assert [rows[c, "vendi"].value.value for c in CELLS] == pytest.approx([2, 2, 1])
     assert [rows[c, "distance"].value.value for c in CELLS] == pytest.approx([1, 1, 0])
     assert rows["fk-x2", "evaluations"].value == (2, 2, 2) and rows["fk-x2", "reward"].budget == 2
@@ -63,7 +69,6 @@ def test_rows_are_means_over_seeds_and_prompts_and_differences_are_paired(cases:
 
 
 def test_real_pictures_are_told_from_others(cases: Any) -> None:
-    real = features([case(1, p, s).image for p in range(8) for s in SEEDS])
     results = Results(CELLS, cases, SEEDS, features, real, neighbours=2)
     rows = {(r.cell, r.metric): r for r in results.rows()}
     assert rows["fk-x2", "fid"].value.value == pytest.approx(0, abs=1e-9) and rows["fk-x2", "precision"].value.value == 1
@@ -80,7 +85,6 @@ def test_fronts_of_several_aims(cases: Any) -> None:
     assert front.points == {"plain": (0, 2), "fk-x2": (1, 2), "fk-x4": (1, 1)} and front.on_front == ["fk-x2"]
     assert front.reference == (0, 1)
     assert {k: v.value for k, v in front.volumes.items()} == pytest.approx({"plain": 0, "fk": 1, "all": 1})
-    real = features([case(1, p, s).image for p in range(8) for s in SEEDS])
     signed = Results(CELLS, cases, SEEDS, features, real).front(["reward", "fid"])
     assert all(p[1] <= 0 for p in signed.points.values()) and "fk-x2" in signed.on_front
     with pytest.raises(DiffsteerError, match="evaluate.axes: beauty is not measured; valid: reward, checker"):
@@ -95,22 +99,43 @@ def test_prompts_that_a_cell_lacks_are_left_out_of_all(cases: Any) -> None:
         Results(CELLS, cases, SEEDS)
 
 
-def test_a_score_that_is_no_number_is_none_and_nothing_falls_over(cases: Any, tmp_path: Path) -> None:
-    cases["fk-x2"][0][3].scores["reward"] = math.nan
+def test_a_score_that_is_no_number_leaves_its_prompt_out(cases: Any, tmp_path: Path) -> None:
+    """Of that metric, in every cell; where no prompt is left there is no number, and nothing falls over."""
+    cases["plain"][0][3].scores["reward"] = math.nan
+    cases["fk-x4"][7][4].cost["seconds"] = math.nan
     results = Results(CELLS, cases, SEEDS, features)
-    rows = results.rows()
+    rows = {(r.cell, r.metric): r for r in results.rows()}
+    assert rows["plain", "reward"].value.value == pytest.approx(4 + 3.5) and rows["fk-x2", "reward"].difference.value == 10
+    assert rows["fk-x4", "seconds"].value.value == pytest.approx(0.3)
+    assert [int(results.known[m].sum()) for m in ("reward", "checker", "seconds")] == [7, 8, 7]
     front = results.front(["reward", "vendi"])
-    assert front.on_front == ["plain", "fk-x4"]
-    text = markdown(rows, front, ["about"])
+    assert front.on_front == ["fk-x2", "fk-x4"] and front.volumes["fk"].value > 0
+    for prompt in range(8):
+        cases["fk-x2"][prompt][3].scores["reward"] = math.nan
+    nothing = Results(CELLS, cases, SEEDS, features)
+    blank = nothing.front(["reward", "vendi"])
+    assert blank.on_front == [] and math.isnan(blank.volumes["all"].value)
+    text = markdown(nothing.rows(), blank, ["about"])
     assert "| fk-x2 | none |" in text and text.endswith("about\n")
-    plot_scaling(tmp_path / "s.png", rows, ["reward", "vendi"])
-    plot_fronts(tmp_path / "f.png", front, rows)
-    write_metrics(tmp_path / "m.csv", rows)
+    plot_scaling(tmp_path / "s.png", nothing.rows(), nothing.metrics)
+    plot_fronts(tmp_path / "f.png", blank, nothing.rows())
+    write_metrics(tmp_path / "m.csv", nothing.rows())
     with (tmp_path / "m.csv").open() as file:
         told = {(r["cell"], r["metric"]): r for r in csv.DictReader(file)}
-    assert told["fk-x2", "reward"]["value"] == "" and float(told["plain", "reward"]["low"]) < 7 < float(
-        told["plain", "reward"]["high"]
-    )
+    assert told["fk-x2", "reward"]["value"] == "" and float(told["plain", "checker"]["value"]) == 0
+
+
+def test_one_prompt_has_values_and_no_intervals(cases: Any) -> None:
+    one = {name: {0: by[0]} for name, by in cases.items()}
+    results = Results(CELLS, one, SEEDS, features)
+    front = results.front(["reward", "vendi"])
+    assert math.isnan(front.volumes["all"].low) and math.isnan(results.rows()[0].value.low)
+    assert "| plain | 3.5 |" in markdown(results.rows(), front, [])
+
+
+def test_sets_want_samples_enough() -> None:
+    assert sets_of(1, 1, 9, 3) == [] and sets_of(2, 2, 9, 3) == ["fid", "kid"] and len(sets_of(5, 1, 9, 3)) == 6
+    assert sets_of(20, 8, 3, 3) == ["fid", "kid"]
 
 
 def test_what_is_written(cases: Any, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from families.toys import SIX, TOYS
 from torch import Tensor, nn
 
 from diffsteer import SteeredPipeline, UnsupportedError, steered
-from diffsteer.hooks import _active
+from diffsteer.hooks import Watch, _active
+from diffsteer.ledger import Ledger
 from diffsteer.pipes import denoisers_of
 from diffsteer.samplers import BestOfN, FeynmanKac
 
@@ -124,6 +125,14 @@ def test_two_threads_on_one_pipeline_are_two_runs() -> None:
     for seed in range(3):
         assert all(torch.equal(a, b) for a, b in zip(made[seed][:2], alone[seed][:2], strict=True))
         assert made[seed][2] == alone[seed][2]
+
+
+def test_a_hook_that_another_thread_is_removing_does_nothing() -> None:
+    """torch reads a hook, then whether it wants keywords: in between, both may be gone."""
+    watch, module = Watch(Ledger()), nn.Linear(1, 1)
+    assert watch.enter(module, (torch.ones(1, 1),)) is None
+    watch.leave(module, (torch.ones(1, 1),), torch.ones(1, 1))
+    assert watch.ledger.forwards == 0
 
 
 def test_a_run_inside_a_run_is_two_runs() -> None:
