@@ -196,7 +196,8 @@ class SteeredPipeline:
     ) -> Callable[[], SteeredOutput]:
         """As a call with the same arguments, up to the last states. What is returned decodes and scores them and gives the
         output; in another thread it can do so while this one denoises what comes next. (Not where parts of a pipeline take
-        turns on a device, as with offloading. A search does all of its work here.)"""
+        turns on a device, as with offloading, and not beside a run that decodes on its way. A search does all of its work
+        here.)"""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise DiffsteerError("no prompts: give at least one")

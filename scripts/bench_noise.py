@@ -1,7 +1,8 @@
 """Optimise on the fast model, render on the full one: does it reach the score of optimising the full model, in what time?
 
     python scripts/bench_noise.py run --work DIR [--cases 30] [--iterations 50]      resumes
-    python scripts/bench_noise.py table --work DIR
+    python scripts/bench_noise.py pack --work DIR                                    keeps its records
+    python scripts/bench_noise.py table [--work DIR]                                 without DIR of those that are kept
 
 ReNO maximises the miniature CLIP's score of each case, once through all steps of the full model, once through the few steps of
 `shapes-turbo`, whose best noises are rendered on the full model and ranked there. Both start from the same noise. What is
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_quality import held_out, interval, judge, second_reward
+from kept import keep, kept
 
 from diffsteer import SteeredPipeline, load_pipeline
 from diffsteer.draft import Draft
@@ -81,8 +83,12 @@ def run(work: Path, cases: int, iterations: int, rate: float, development: bool)
                 print(method, case["id"], f"{record['reward']:.2f} {record['seconds']:.2f} s", flush=True)
 
 
-def table(work: Path) -> None:
-    records = [json.loads(line) for line in (work / "noise.jsonl").read_text().splitlines()]
+def in_folder(work: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (work / "noise.jsonl").read_text().splitlines()]
+
+
+def table(work: Path | None) -> None:
+    records = kept("noise") if work is None else in_folder(work)
     by: dict[str, dict[str, Any]] = {}
     for r in records:
         by.setdefault(r["method"], {})[r["id"]] = r
@@ -130,12 +136,19 @@ def same_score(rows: dict[str, Any], full: dict[str, Any], ids: list[str]) -> st
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "table"])
-    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("command", choices=["run", "pack", "table"])
+    parser.add_argument("--work", type=Path)
     parser.add_argument("--cases", type=int, default=30)
     parser.add_argument("--iterations", type=int, default=50)
     parser.add_argument("--rate", type=float, default=2.0)
     parser.add_argument("--development", action="store_true")
     a = parser.parse_args()
     torch.set_num_threads(1)
-    run(a.work, a.cases, a.iterations, a.rate, a.development) if a.command == "run" else table(a.work)
+    if a.command != "table" and a.work is None:
+        parser.error(f"{a.command} wants --work DIR")
+    if a.command == "run":
+        run(a.work, a.cases, a.iterations, a.rate, a.development)
+    elif a.command == "pack":
+        keep("noise", in_folder(a.work))
+    else:
+        table(a.work)

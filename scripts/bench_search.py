@@ -16,7 +16,6 @@ are kept in docs/measured/search.jsonl.gz; what stands there is not run again.
 from __future__ import annotations
 
 import argparse
-import gzip
 import hashlib
 import json
 import os
@@ -29,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_quality import Case, chunks, held_out, interval, judge, second_reward
+from kept import keep, kept
 
 from diffsteer import SteeredPipeline, __version__, load_pipeline
 from diffsteer.budget import Budget
@@ -53,7 +53,6 @@ from diffsteer.types import Context
 
 CAPTIONS_A_TASK, SEEDS, BATCH, MOST, PLAIN = 20, 2, 12, 32, 60
 BUDGETS = (2, 4, 8, 16)
-KEPT = Path(__file__).parents[1] / "docs" / "measured" / "search.jsonl.gz"
 EMBEDDED = Context(1, 1, True)
 Made = tuple[Any, Any]  # a sampler, and its drafts
 
@@ -134,30 +133,18 @@ def settings_of(method: str, units: int) -> str:
 
 def read(work: Path | None, development: bool) -> list[Case]:
     """What is kept and what stands in a folder, of what was made with the methods as they are."""
-    lines = gzip.decompress(KEPT.read_bytes()).decode().splitlines() if KEPT.exists() else []
+    records = kept("search")
     for f in sorted(work.glob("search.*.jsonl")) if work else []:
-        lines += f.read_text().rpartition("\n")[0].splitlines()
-    found = {(r["method"], r["units"], r["id"]): r for r in map(json.loads, lines)}
+        records += map(json.loads, f.read_text().rpartition("\n")[0].splitlines())
+    found = {(r["method"], r["units"], r["id"]): r for r in records}
     ours = [r for r in found.values() if r["method"] in POOLS or r["method"] in METHODS]
     ours = [r for r in ours if r["settings"] == settings_of(r["method"], r["units"])]
     return [r for r in ours if r["id"].startswith("6-" if development else "7-")]
 
 
 def pack(work: Path) -> None:
-    """Keep a folder's records: numbers to three digits behind the point."""
-    records = sorted(read(work, False) + read(work, True), key=lambda r: (r["method"], r["units"], r["id"]))
-    KEPT.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(rounded(r), sort_keys=True) + "\n" for r in records)
-    KEPT.write_bytes(gzip.compress(text.encode(), mtime=0))
-    print(f"{len(records)} records, {KEPT.stat().st_size / 1e6:.2f} MB")
-
-
-def rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [rounded(v) for v in value]
-    return round(value, 3) if isinstance(value, float) else value
+    """Keep a folder's records."""
+    keep("search", sorted(read(work, False) + read(work, True), key=lambda r: (r["method"], r["units"], r["id"])))
 
 
 def plain_seconds(pipe: Any) -> float:

@@ -51,8 +51,12 @@ def square(x: Tensor, prompts: object) -> Tensor:
     return -0.5 * (x[:, 0] - 1.0).square()
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("name", GUIDES)
+# Every guide on one path; on the others in the slow proofs.
+QUICK = {"x0, a little": "vp", "x0, much": "flow", "network": "edm", "both": "vp", "raw": "flow", "adam": "edm"}
+CASES = [pytest.param(n, p, marks=[] if QUICK[n] == p else pytest.mark.slow, id=f"{n}-{p}") for n in GUIDES for p in PATHS]
+
+
+@pytest.mark.parametrize("name, path", CASES)
 def test_weighted_particles_keep_their_target_whatever_guides_them(name: str, path: str) -> None:
     """The tilted law of the discretised chain is known: mean, variance and normaliser."""
     sampler = FeynmanKac(8, scale=SCALE, target_ess=None, events=(0.2, 0.4, 0.6, 0.8))
