@@ -64,12 +64,9 @@ class Maker:
     output: str
     ahead: bool
     done: Callable[[int], None] | None
-
-    def __post_init__(self) -> None:
-        self.row, self.before = InARow(), None
-        self.writer = ThreadPoolExecutor(1, "diffsteer writer")
-
-    before: Batch | None = field(init=False)
+    row: InARow = field(default_factory=InARow)
+    before: Batch | None = None  # what is on its way
+    writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "diffsteer writer"))
 
     def make(self, items: list[Item]) -> None:
         """Begin some items; end those before."""

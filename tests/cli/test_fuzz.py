@@ -92,7 +92,7 @@ def before_any_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(logging, "raiseExceptions", False)  # Hydra's handlers keep the stream of an earlier command
-    for name in ("diffsteer.generate.load", "diffsteer.tune.load", "diffsteer.evaluation.evaluate.load"):
+    for name in ("diffsteer.generate.load", "diffsteer.tune.load", "diffsteer.evaluation.bench.load"):
         monkeypatch.setattr(name, stop)
     (tmp_path / "p.txt").write_text("a red star\n")
     (tmp_path / "p.jsonl").write_text('{"prompt": "a red star", "seed": 3}\n')
