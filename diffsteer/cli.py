@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 USAGE = """\
 diffsteer generate [prompt=TEXT | prompts=FILE] [key=value ...]   images, steered by a reward (--help tells the keys)
-diffsteer evaluate [evaluate.samplers=[none,best_of_n,fk]] [key=value ...]   samplers at equal budgets, tabled and plotted
+diffsteer evaluate [evaluate.samplers=[NAME,...]] [key=value ...] samplers at equal budgets, tabled and plotted
 diffsteer tune tune.parameters.NAME=LOW..HIGH [key=value ...]     a sampler's parameters, searched for a reward
 diffsteer status DIR                                              how far a folder of results is
 diffsteer report DIR [OTHER] [-o FILE]                            one page to look at; two folders side by side
