@@ -180,7 +180,7 @@ def _overrides_first(argv: list[str]) -> list[str]:
     parser, said = get_args_parser(), io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            known, extra = parser.parse_known_args(argv)
+            _, extra = parser.parse_known_args(argv)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -188,8 +188,17 @@ def _overrides_first(argv: list[str]) -> list[str]:
     unknown = [arg for arg in extra if arg.startswith("-")]
     if unknown:
         raise DiffsteerError(f"unknown option {unknown[0]!r}{nearest(unknown[0], parser._option_string_actions)}")
-    overrides = [*known.overrides, *extra]
-    return [*overrides, *(arg for arg in argv if arg not in overrides)]
+    valued = {option: action.nargs for action in parser._actions for option in action.option_strings if action.nargs != 0}
+    flags: list[str] = []
+    overrides: list[str] = []
+    rest = list(argv)
+    while rest:
+        arg = rest.pop(0)
+        (flags if arg.startswith("-") else overrides).append(arg)
+        takes = [n for o, n in valued.items() if o == arg or (arg.startswith("--") and o.startswith(arg))]
+        if takes and rest and not (takes[0] == "?" and rest[0].startswith("-")):
+            flags.append(rest.pop(0))  # its value, which may look like an override
+    return [*overrides, *flags]
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from diffsteer.cli import _overrides_first
 from diffsteer.rewards import Compressibility
 from diffsteer.types import DiffsteerError
 
@@ -192,3 +193,18 @@ def test_a_prompt_that_cannot_be_scored_is_refused_before_any_is_done(
     result = generate("prompts=p.txt", "out=o")
     assert (result.code, result.err) == (2, "diffsteer: 'a dog' cannot be scored\n")
     assert not (tmp_path / "o/images").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, ordered",
+    [
+        (["seed=1", "-p", "seed=1", "seed=1"], ["seed=1", "seed=1", "-p", "seed=1"]),  # a flag's value like an override
+        (["--config-dir", "own", "seed=1", "-m", "out=o"], ["seed=1", "out=o", "--config-dir", "own", "-m"]),
+        (["--config-d", "own", "seed=1"], ["seed=1", "--config-d", "own"]),
+        (["--info", "--resolve", "seed=1"], ["seed=1", "--info", "--resolve"]),
+        (["--info", "config", "seed=1"], ["seed=1", "--info", "config"]),
+        (["--cfg=job", "seed=1"], ["seed=1", "--cfg=job"]),
+    ],
+)
+def test_overrides_between_flags_are_brought_together(argv: list[str], ordered: list[str]) -> None:
+    assert _overrides_first(argv) == ordered
