@@ -32,10 +32,11 @@ def check_reward(
 ) -> None:
     """Score samples in every way in which a run may, and compare with what the reward says of itself.
 
-    Its facts are of the right kinds; scores are (N,) float32, in its range, and not all the same, and scoring changes no sample
-    and draws nothing from the global random state; they are the same for every chunk size, order and fresh object, and prompts
-    matter if it says so; gradients reach the samples if it says so, also where it was used in inference mode before. Of a
-    reward that says that it is not deterministic the same is not asked for, of one that is pooled the same in any order alone.
+    Its facts are of the right kinds; scores are (N,) float32, in its range, and not all the same, and scoring changes no
+    sample and draws nothing from the global random state; they are the same for every chunk size, order and fresh object, and
+    prompts matter if it says so; features of images, if it has some, are a sample's own; gradients reach the samples if it
+    says so, also where it was used in inference mode before. Of a reward that says that it is not deterministic the same is
+    not asked for, of one that is pooled the same in any order alone.
 
     Args:
         make: makes a new one.
@@ -110,6 +111,7 @@ def check_reward(
     for size in range(1, count):
         parts = torch.cat([scored(reward, every[i : i + size]) for i in range(0, count, size)])
         wanted(same(parts, scores), f"chunks of {size} have other scores than all together")
+    _check_features(reward, samples, ctx, wanted, same)
     turned = scored(reward, every, texts[::-1])
     said = "prompts matter, and needs_prompt is False" if not reward.needs_prompt else "needs_prompt, and no prompt matters"
     wanted(torch.equal(turned, scores) != reward.needs_prompt, said)
@@ -119,6 +121,25 @@ def check_reward(
     for one in (reward, late):
         live = _check_gradient(one, samples, texts, ctx, wanted)
         wanted(same(live, scores), "scores with a gradient differ from those without")
+
+
+def _check_features(
+    reward: Reward,
+    samples: Tensor,
+    ctx: Context,
+    wanted: Callable[[bool, str], None],
+    same: Callable[[Tensor, Tensor], bool],
+) -> None:
+    """If it has features of images, are they (N, D) numbers, a sample's own, and not those of another sample?"""
+    features: Callable[[Tensor, Context], Tensor] | None = getattr(reward, "image_features", None)
+    if features is None:
+        return
+    with torch.no_grad():
+        found, apart = features(samples, ctx), torch.cat([features(x[None], ctx) for x in samples])
+    wanted(found.ndim == 2 and len(found) == len(samples), f"image_features are {list(found.shape)}; wanted one row a sample")
+    wanted(bool(found.isfinite().all()), "image_features are no numbers")
+    wanted(same(found, apart), "image_features of a sample depend on what is shown beside it")
+    wanted(len(torch.unique(found, dim=0)) == len(samples), "image_features of different samples are the same")
 
 
 def _check_gradient(

@@ -101,6 +101,10 @@ BROKEN = [
     ({"score": lambda x, p: x[:, 0].mean((1, 2)) * (0.5 + torch.rand(1) / 2)}, "the second time|random state"),
     ({"score": lambda x, p: x.detach()[:, 0].mean((1, 2))}, "differentiable=True is not so"),
     ({"score": lambda x, p: (x[:, 0].mean((1, 2)) - 0.5).relu()}, "a gradient is zero"),
+    ({"image_features": lambda self, x, ctx: x.mean((1, 2, 3))}, "one row a sample"),
+    ({"image_features": lambda self, x, ctx: x.flatten(1) / 0}, "features are no numbers"),
+    ({"image_features": lambda self, x, ctx: (x - x.mean(0)).flatten(1)}, "what is shown beside it"),
+    ({"image_features": lambda self, x, ctx: torch.ones(len(x), 2)}, "of different samples are the same"),
     ({"pooled": True, "score": lambda x, p: x[:, 0].mean((1, 2)) * (1 + torch.arange(len(x))) / 9}, "the order of a pool"),
 ]
 
