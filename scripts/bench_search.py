@@ -109,7 +109,17 @@ METHODS: dict[str, Callable[[int], Made]] = {
 }
 
 STEPS_OF = {"fk_short": 15, "fk_third": 10, "pool_short": 15, "pool_third": 10}
-LABELS = {"fk_short": "FK(2N), 15 steps", "fk_third": "FK(3N), 10 steps", "fk": "FK(N)"}
+LABELS = {
+    "fk_short": "FK(2N), 15 steps",
+    "fk_third": "FK(3N), 10 steps",
+    "fk": "FK(N)",
+    "turbo": "drafts on shapes-turbo",
+    "draft_third": "drafts of a third of the steps",
+    "halving_noisy": "successive halving, with noise",
+    "zero_order": "zero-order",
+    "paths": "search over paths",
+    "depth_first": "depth-first",
+}
 POOLS: dict[str, tuple[str, Any]] = {
     "pool": ("best of N", BestOfN(MOST)),
     "pool_ode": ("best of N, no noise", BestOfN(MOST, eta=0.0)),
