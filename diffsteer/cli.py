@@ -266,6 +266,8 @@ def _in_folder(work: Callable[[DictConfig, Path, str], None], config: DictConfig
     """Do it in the folder that Hydra made, errors said in a line."""
     from hydra.core.hydra_config import HydraConfig
 
+    from diffsteer.status import COMPARISON
+
     out = Path(HydraConfig.get().runtime.output_dir)
     resume = f"; what is done stays: the same command with out={_shown(out)} goes on"
     try:
@@ -275,7 +277,7 @@ def _in_folder(work: Callable[[DictConfig, Path, str], None], config: DictConfig
     except Exception as error:
         if _exits is None:
             raise
-        _exits.append(_report(error, resume if any(out.glob("*.jsonl")) or (out / "evaluate.json").exists() else ""))
+        _exits.append(_report(error, resume if any(out.glob("*.jsonl")) or (out / COMPARISON).exists() else ""))
     finally:
         with contextlib.suppress(OSError):
             if out.stat().st_mtime >= _started:  # not a user's own folder

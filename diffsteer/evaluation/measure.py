@@ -109,11 +109,10 @@ class Results:
         self.sets: list[str] = []
         if self.against is not None:
             self.sets = sets_of(len(self.prompts), len(self.seeds), len(self.against.features), neighbours)
+        self._sets_known: dict[tuple[str, tuple[int, ...]], dict[str, float]] = {}
+        spent = [case.cost for name in cells for id in self.prompts for case in self._of(name, id)]
+        self.costs = [c for c in COSTS if c not in RARE or any(cost.get(c) for cost in spent)]
         self.by_prompt = {name: self._by_prompt(name) for name in cells}
-        for metric in RARE:
-            if not any(of[metric].any() for of in self.by_prompt.values() if metric in of):
-                for of in self.by_prompt.values():
-                    of.pop(metric, None)
         metrics = next(iter(self.by_prompt.values()))
         # of each metric the prompts for which every cell has a number
         self.known = {m: np.all([np.isfinite(of[m]) for of in self.by_prompt.values()], axis=0) for m in metrics}
@@ -193,7 +192,7 @@ class Results:
                 apart = diversity(F.normalize(self.features[name][p], dim=1))
                 found["distance"].append(apart.distance)
                 found["vendi"].append(apart.vendi)
-            for metric in mine[0].cost:
+            for metric in (c for c in self.costs if c in mine[0].cost):
                 found[metric].append(float(np.mean([case.cost[metric] for case in mine])))
         return {metric: np.asarray(values) for metric, values in found.items()}
 
@@ -204,10 +203,15 @@ class Results:
         return float(self.by_prompt[name][metric][known].mean()) if known else math.nan
 
     def _of_set(self, name: str, prompts: list[int]) -> dict[str, float]:
+        """Remembered: the front leaves out the same prompts as the table does."""
         assert self.against is not None
-        made = self.features[name][torch.tensor(prompts)].flatten(0, 1)
-        found = {"fid": self.against.frechet_distance(made), "kid": self.against.kernel_distance(made)}
-        return found | (self.against.manifolds(made)._asdict() if "density" in self.sets else {})
+        key = name, tuple(prompts)
+        if key not in self._sets_known:
+            made = self.features[name][torch.tensor(prompts)].flatten(0, 1)
+            found = {"fid": self.against.frechet_distance(made), "kid": self.against.kernel_distance(made)}
+            found |= self.against.manifolds(made)._asdict() if "density" in self.sets else {}
+            self._sets_known[key] = found
+        return self._sets_known[key]
 
     def _sets(self) -> tuple[dict[tuple[str, str], Interval], dict[tuple[str, str], Interval]]:
         """What sets of pictures are told by, and its difference to the first cell's."""
