@@ -3,6 +3,7 @@
     python scripts/bench_quality.py run --work DIR [--shard 0/2] [--methods fk8,bon8]   sample and judge; resumes
     python scripts/bench_quality.py table --work DIR                                   the tables, with intervals
     python scripts/bench_quality.py tune                                               guidance and steps, on development cases
+    python scripts/bench_quality.py captions --count 6                                 the held-out captions, a line each
 
 All take --model shapes | shapes-flow.
 
@@ -274,7 +275,7 @@ if __name__ == "__main__":
     EMBEDDED = Context(1, 1, True)
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", nargs="?", default="all", choices=("run", "table", "tune", "all"))
+    parser.add_argument("stage", nargs="?", default="all", choices=("run", "table", "tune", "captions", "all"))
     parser.add_argument("--model", default="shapes", choices=MODELS)
     parser.add_argument("--work", type=Path, default=Path("outputs/bench"))
     parser.add_argument("--methods", default=",".join(MAIN), help=f"of {', '.join(METHODS)}")
@@ -285,6 +286,8 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if arguments.stage == "tune":
         tune(arguments.model)
+    if arguments.stage == "captions":
+        print("\n".join(c["caption"] for c in held_out(arguments.count, 6 if arguments.development else 7)))
     if arguments.stage in ("run", "all"):
         i, n = (int(v) for v in arguments.shard.split("/"))
         methods, sizes = arguments.methods.split(","), (arguments.count, arguments.empty)
