@@ -9,13 +9,22 @@ from typing import NamedTuple
 
 from diffsteer.types import DiffsteerError, check_numbers
 
+BACK = 2  # evaluations that a pass back takes the time of
+
 
 class Cost(NamedTuple):
-    """Counts, as in the ledger: rows through the denoiser, samples decoded (by any decoder), samples scored."""
+    """Counts, as in the ledger: rows through the denoiser, samples decoded (by any decoder), samples scored, rows that go back
+    for a gradient, which no budget limits, but which take time."""
 
     evals: int = 0
     decodes: int = 0
     reward_calls: int = 0
+    backwards: int = 0
+
+    @property
+    def work(self) -> int:
+        """What takes the time, in evaluations: about two a row that goes back."""
+        return self.evals + BACK * self.backwards
 
     def plus(self, other: Cost, times: int = 1) -> Cost:
         return Cost(*(a + times * b for a, b in zip(self, other, strict=True)))
@@ -56,6 +65,11 @@ class Budget:
             if value is not None and not value > 0:
                 raise DiffsteerError(f"budget: {name}={value}; it must be above 0")
 
+    def limits(self) -> dict[str, int]:
+        """The counts that are limited."""
+        counts = {name: getattr(self, name, None) for name in Cost._fields}
+        return {name: limit for name, limit in counts.items() if limit is not None}
+
     def __bool__(self) -> bool:
         """Is anything limited?"""
         return any(getattr(self, f.name) is not None for f in fields(self))
@@ -67,7 +81,7 @@ class Stopwatch:
     Attributes:
         limit: seconds, None for no limit. prompts: which share the time.
         reserved: seconds that are kept for the finals. final: what one of them took, once it is known.
-        pending: evaluations that were granted since the last round.
+        pending: work that was granted since the last round.
     """
 
     def __init__(self, limit: float | None, now: Callable[[], float] = time.perf_counter) -> None:
@@ -86,28 +100,28 @@ class Stopwatch:
         """Is it known what a round takes?"""
         return self._later[0] > 0
 
-    def note(self, evals: int, seconds: float) -> None:
+    def note(self, work: int, seconds: float) -> None:
         """A round took so long."""
         self.pending = 0
         if self._begun:
-            self._later = (self._later[0] + evals, self._later[1] + seconds)
+            self._later = (self._later[0] + work, self._later[1] + seconds)
         self._begun = True
 
-    def seconds(self, evals: int) -> float:
-        """What so many evaluations will take: by the rounds after the first."""
+    def seconds(self, work: int) -> float:
+        """What so much work (`Cost.work`) will take: by the rounds after the first."""
         count, took = self._later
-        return took / count * evals if count else 0.0
+        return took / count * work if count else 0.0
 
     def fits(self, cost: Cost, further: Cost, until: float = 1.0) -> int:
         """How many of a cost still fit, one after another, with `further` and what is reserved, within a share of the time;
         one at a time, until a round that loaded nothing is measured."""
         if self.limit is None:
             return 2**31
-        left = until * self.limit - self.elapsed - self.reserved
+        left = until * (self.limit - self.reserved) - self.elapsed
         if not self._later[0]:
             return int(left > 0 and not self.pending)
-        left -= self.prompts * self.seconds(further.evals) + self.seconds(self.pending)
-        each = self.seconds(cost.evals)
+        left -= self.prompts * self.seconds(further.work) + self.seconds(self.pending)
+        each = self.seconds(cost.work)
         return max(0, int(left / each)) if each > 0 else int(left > 0) * 2**31
 
 
@@ -130,23 +144,20 @@ class Purse:
 
     def affords(self, cost: Cost, further: Cost = NOTHING, late: bool = False) -> int:
         """How many of a cost can be paid, with `further` and the reserve still paid afterwards; `late` asks no clock."""
-        keep = self.reserve.plus(further)
         counts = [2**31 if late else self.watch.fits(cost, further, self.until)]
-        for name, each in cost._asdict().items():
-            limit = getattr(self.budget, name)
-            if limit is not None:
-                left = int(limit * self.until) - getattr(self.spent, name) - getattr(keep, name)
-                counts.append(2**31 if not each and left >= 0 else max(0, left // each) if each else 0)
+        for name, limit in self.budget.limits().items():
+            each, spent, after, kept = (getattr(c, name) for c in (cost, self.spent, further, self.reserve))
+            left = int((limit - kept) * self.until) - spent - after
+            counts.append(2**31 if not each and left >= 0 else max(0, left // each) if each else 0)
         return min(counts)
 
     def pay(self, cost: Cost, count: int = 1) -> None:
         self.spent = self.spent.plus(cost, count)
-        self.watch.pending += count * cost.evals
+        self.watch.pending += count * cost.work
 
     def share(self) -> float:
         """How much of the budget is gone, in [0, 1]; 0 without one."""
-        limits = [(getattr(self.spent, n), getattr(self.budget, n)) for n in Cost._fields]
-        gone = [a / b for a, b in limits if b is not None]
+        gone = [getattr(self.spent, name) / limit for name, limit in self.budget.limits().items()]
         if self.budget.seconds is not None:
             gone.append(self.watch.elapsed / self.budget.seconds)
         return min(1.0, max(gone, default=0.0))

@@ -20,12 +20,13 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from diffsteer import __version__
-from diffsteer.expression import is_expression, reward_of
+from diffsteer.expression import is_expression, is_program, reward_of
 from diffsteer.fingerprint import fingerprints
 from diffsteer.registry import find, nearest, registered
 from diffsteer.reward import Reward
 from diffsteer.types import DiffsteerError
 
+PROGRAM = "program"  # the one that a text such as area(red) > area(blue) means
 EXPRESSION = "expression"  # the option of reward= that stands for a text such as clip + 0.3*z(aesthetic)
 GROUPS = ("sampler", "reward")  # of the registry, that can be configured
 _WITH_FILES = ("model", "reward", "decoder", "reference", "draft", "noise_network", "holdout")  # keys that may name some
@@ -258,6 +259,8 @@ def build(kind: str, config: DictConfig) -> Any:
                 raise DiffsteerError(f"guide.{key}={values[key]} has no effect: give sampler.{key}")
     for f in dataclasses.fields(cls):
         if "of" in f.metadata:  # samplers within a sampler, rewards within a reward
+            if not isinstance(values[f.name], list):
+                raise DiffsteerError(f"{kind}.{f.name}={values[f.name]}; wanted a list, such as [{values[f.name]}]")
             values[f.name] = [build(f.metadata["of"], _mapping(v, f"{kind}.{f.name}")) for v in values[f.name]]
     return cls(**{str(k): tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
@@ -280,6 +283,8 @@ def named(value: Any) -> Any:
         return value
     if is_expression(value, registered("reward")):
         return {"name": EXPRESSION, "text": value}
+    if is_program(value):
+        return {"name": PROGRAM, "text": value}
     return {"name": value}
 
 

@@ -52,10 +52,10 @@ def best_diverse(values: Tensor, features: Tensor, k: int, weight: float) -> lis
     Args:
         values: (N,); NaN and -inf come last. features: (N, D), of length one.
     """
-    finite = values.double().nan_to_num(nan=-torch.inf)
+    finite = values.double().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     known = finite[finite.isfinite()]
     low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 0.0)
-    scaled = (finite - low) / (high - low) if high > low else torch.where(finite.isfinite(), 1.0, -torch.inf).double()
+    scaled = torch.where(finite.isfinite(), (finite - low) / (high - low) if high > low else 1.0, finite)
     similar = (features.double() @ features.double().T).nan_to_num()
     chosen: list[int] = []
     left = sorted(range(len(values)), key=lambda i: (-float(finite[i]), i))

@@ -13,12 +13,16 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from diffsteer.reward import Reward, ZScore
+from diffsteer.reward import Reward, ZScore, terms_of
 from diffsteer.types import DiffsteerError, nearest
 
 Make = Callable[[str, dict[str, Any]], Reward]  # from a reward's name and its arguments
 _TOKEN = re.compile(r"""\s*(?:((?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)|([A-Za-z_]\w*)|('[^']*'|"[^"]*")|([-+*/(),=]))""")
 _WORDS = {"true": True, "false": False, "null": None, "none": None}
+_CONSTRAINTS = re.compile(
+    r"\b(?:all_of|any_of|weighted|less_than|greater_than|equal|left_of|right_of|above|below)\s*\("
+    r"|\)\s*(?:[<>]=?|==)|(?:[<>]=?|==)[^<>=]*\("
+)
 SWEEP = re.compile(r"\s*(choice|range|interval|glob|sort|shuffle|tag)\(")  # functions of Hydra's sweeps
 MOST = 60  # how deep an expression may be nested
 
@@ -38,11 +42,22 @@ def reward_of(text: str, make: Make, names: Collection[str]) -> Reward:
 def is_expression(text: str, names: Collection[str]) -> bool:
     """Does a text look like one, rather than the name of an option, a sweep over several, or a program of constraints? It has
     operators or arguments, and a word in it, outside quotes, is a reward."""
-    bare = re.sub(r"""'[^']*'|"[^"]*\"""", "", text)
+    bare = _bare(text)
     words = set(re.findall(r"[A-Za-z_]\w*", bare))
-    operators = bool(re.search(r"[-+*/()]", bare)) and not re.search(r"[<>]|==", bare)
+    operators = bool(re.search(r"[-+*/()]", bare)) and not re.search(r"[<>]|==", bare) and not is_program(text)
     listed = text.lstrip().startswith(("[", "{")) or len(split(f"[{text}]")) > 1  # a list, or a sweep
     return operators and not listed and bool(words & {*names, "z"}) and not SWEEP.match(text)
+
+
+def is_program(text: str) -> bool:
+    """Does a text look like a program of constraints (`diffsteer.rewards.program`)?"""
+    listed = text.lstrip().startswith(("[", "{")) or len(split(f"[{text}]")) > 1
+    return not listed and bool(_CONSTRAINTS.search(_bare(text)))
+
+
+def _bare(text: str) -> str:
+    """Without what stands in quotes."""
+    return re.sub(r"""'[^']*'|"[^"]*\"""", "", text)
 
 
 def split(text: str) -> list[str]:
@@ -71,6 +86,8 @@ class _Parser:
             raise self.wrong(f"{self.value!r} is out of place")
         if not isinstance(made, Reward):
             raise DiffsteerError(f"reward: {self.text!r} is a number, and no reward")
+        if not all(math.isfinite(weight) for weight, _ in terms_of(made)):
+            raise DiffsteerError(f"reward: a weight in {self.text!r} is no finite number")
         return made
 
     def sum(self) -> float | Reward:
@@ -142,7 +159,7 @@ class _Parser:
         if set(given) - {"mean", "std"}:
             raise self.wrong(f"z() takes mean= and std=, not {sorted(set(given) - {'mean', 'std'})[0]}=")
         for name, value in given.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
                 raise self.wrong(f"z(): {name}={value!r} is no number")
         return ZScore(inner, **given)
 
@@ -164,7 +181,10 @@ class _Parser:
         negative = self.take("-")
         kind, value = self.kind, self.next()
         if kind == "number":
-            number = float(value) if re.search(r"[.eE]", value) else int(value)
+            try:
+                number = float(value) if re.search(r"[.eE]", value) else int(value)
+            except ValueError:  # thousands of digits
+                raise self.wrong("too large a number", back=1) from None
             return -number if negative else number
         if negative or kind not in ("name", "text"):
             raise self.wrong(f"{value!r} is no value; put texts into quotes", back=1)

@@ -8,7 +8,7 @@ import torch
 
 from diffsteer.budget import Cost, Purse, Stopwatch
 from diffsteer.found import Found, gap_of
-from diffsteer.ground import Ground
+from diffsteer.ground import Ground, Interrupted
 from diffsteer.playing import Run, found_of
 from diffsteer.trial import Outcome, Trial
 
@@ -22,15 +22,17 @@ def price_of_final(render: Ground, remake: bool) -> Cost:
     return render.price(whole_chain(render) if remake else Trial(torch.empty(0), render.steps))
 
 
-def reserve(purse: Purse, each: Cost, finalists: int) -> int:
-    """Keep back what the finals cost, for as many as at most half of the budget pays for, one at least."""
-    half = [
-        getattr(purse.budget, name) // 2 // cost
-        for name, cost in each._asdict().items()
-        if cost and getattr(purse.budget, name) is not None
-    ]
-    finalists = max(1, min([finalists, *half]))
-    purse.reserve = Cost().plus(each, finalists)
+def reserve(purse: Purse, each: Cost, finalists: int, compared: bool = False) -> int:
+    """Keep back what the finals cost, for as many as at most half of the budget pays for, one at least; `compared`: in duels,
+    where everybody meets everybody, in both orders."""
+
+    def all_of(number: int) -> Cost:
+        return Cost().plus(each, number).plus(Cost(reward_calls=compared * number * (number - 1)))
+
+    limits = purse.budget.limits()
+    while finalists > 1 and any(2 * getattr(all_of(finalists), name) > limit for name, limit in limits.items()):
+        finalists -= 1
+    purse.reserve = all_of(finalists)
     return finalists
 
 
@@ -41,23 +43,30 @@ class Finals:
         self.render, self.remake, self.finalists, self.clock = render, remake, finalists, clock
         self.price = price_of_final(render, remake)
 
-    def make(self, chosen: Sequence[tuple[Run, Outcome]]) -> list[Outcome]:
+    def make(self, chosen: Sequence[tuple[Run, Outcome]]) -> None:
         """Finals of drafts, paid from what was kept back."""
         asks = []
         for run, draft in chosen:
             run.purse.reserve = Cost(*(max(0, a - b) for a, b in zip(run.purse.reserve, self.price, strict=True)))
-            again = Trial(draft.x, self.render.steps, root=draft.root, path=draft.path)
+            again = Trial(draft.x, self.render.steps, injected=draft.trial.injected, **draft.line)
             if self.remake:
                 assert draft.root is not None
                 again = Trial(draft.root, fresh=True, root=draft.root)
             asks.append(run.ask(again, self.render))
-        pending = self.clock.pending
-        outcomes = self.render.carry(asks)
-        self.clock.pending = pending - sum(self.render.price(t).evals for _, _, t in asks)
-        for (run, draft), final in zip(chosen, outcomes, strict=True):
-            final.drafted = draft
-            run.finals.append(final)
-        return outcomes
+        self.clock.pending -= sum(self.render.price(t).work for _, _, t in asks)
+        whole = True
+        try:
+            done = dict(enumerate(self.render.carry(asks)))
+        except Interrupted as stop:
+            done, whole = stop.done, False
+        for i, (run, draft) in enumerate(chosen):
+            if i in done:
+                done[i].drafted = draft
+                run.finals.append(done[i])
+            else:
+                run.purse.pay(self.price, -1)
+        if not whole:
+            raise KeyboardInterrupt
 
     def early(self, runs: Sequence[Run]) -> None:
         """The first draft of all, where time is limited, since nobody knows yet what a final takes; and drafts that cannot be
@@ -94,9 +103,10 @@ class Finals:
                 found.append(found_of(run))
                 continue
             drafts = [f.drafted for f in run.finals if f.drafted is not None]
-            gap = gap_of(drafts, run.finals, run.judge)
-            run.judge, made = self.render.judge(run.prompt, run.purse), run.scored
+            before, made = run.judge, run.scored
+            run.judge = self.render.judge(run.prompt, run.purse)
             run.pool(run.finals)
+            gap = gap_of(drafts, run.finals, before, run.judge, together=run.ground.alike(self.render))
             run.scored = made + len(run.finals)
             run.history.append((run.purse.spent.evals, self.clock.elapsed, run.finished[0].reward))
             found.append(found_of(run, gap))
@@ -115,8 +125,8 @@ class Finals:
         spent = run.purse.spent
         for draft in wanted[: max(number, 0 if made else 1)]:
             spent = spent.plus(self.price)
-            limits = [(getattr(run.purse.budget, n), getattr(spent, n)) for n in Cost._fields]
-            if (chosen or made) and any(limit is not None and cost > limit for limit, cost in limits):
+            limits = run.purse.budget.limits()
+            if (chosen or made) and any(getattr(spent, name) > limit for name, limit in limits.items()):
                 break
             chosen.append(draft)
         return chosen

@@ -179,6 +179,7 @@ class Folder:
                 found = out.trace.searches[p]
                 entry["search"] = found.facts()
                 mine = counts | {"evaluations": found.spent.evals, "reward_calls": found.spent.reward_calls}
+                mine |= {"backwards": found.spent.backwards} if counted["backwards"] else {}
                 if out.held_out:
                     mine["held_out_calls"] = len(found.outcomes) * len(out.held_out)
                 if not counted["tiny_decodes"]:

@@ -32,12 +32,16 @@ class Gap:
         return bool(self.finals) and max(self.finals) == self.finals[0]
 
 
-def gap_of(drafts: Sequence[Outcome], finals: Sequence[Outcome], judge: Judge) -> Gap:
-    """The gap of drafts and their finals; of rewards that are ranked, their mean ranks among all of these together."""
-    if not isinstance(judge, ByRank):
-        return Gap(tuple(o.reward for o in drafts), tuple(o.reward for o in finals))
-    values = judge.values([*drafts, *finals]).tolist()
-    return Gap(tuple(values[: len(drafts)]), tuple(values[len(drafts) :]))
+def gap_of(drafts: Sequence[Outcome], finals: Sequence[Outcome], before: Judge, after: Judge, together: bool) -> Gap:
+    """The gap of drafts and their finals, by the judge of each.
+
+    Args:
+        together: one reward scored both, so that ranks are those among all of these.
+    """
+    if together and isinstance(after, ByRank):
+        values = after.values([*drafts, *finals]).tolist()
+        return Gap(tuple(values[: len(drafts)]), tuple(values[len(drafts) :]))
+    return Gap(tuple(before.values(drafts).tolist()), tuple(after.values(finals).tolist()))
 
 
 @dataclass(frozen=True)

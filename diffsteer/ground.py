@@ -12,12 +12,20 @@ from torch import Tensor
 
 from diffsteer.algebra import Level, level
 from diffsteer.budget import Cost, Purse
-from diffsteer.judging import ByReward, Judge
+from diffsteer.judging import ByDuel, ByReward, Judge
 from diffsteer.ledger import Ledger
 from diffsteer.trial import Outcome, Trial
 from diffsteer.types import DiffsteerError
 
 Ask = tuple[int, int, Trial]  # of which prompt, under which slot, what
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C within a round: `done` are the outcomes that there were already, by place."""
+
+    def __init__(self, done: dict[int, Outcome]) -> None:
+        super().__init__()
+        self.done = done
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,8 @@ class Costs:
         whole = trial.start == 0 and stop == total
         evals = steps * self.per_step + whole * self.further + trial.fresh * self.begun
         decodes = int(self.decoded and (trial.scored or trial.gradient is not False))
-        return Cost(evals, decodes, int(trial.scored and not self.compared))
+        back = 0 if trial.gradient is False else min(trial.through or total, total)
+        return Cost(evals, decodes, int(trial.scored and not self.compared), back)
 
 
 class Ground(ABC):
@@ -73,7 +82,11 @@ class Ground(ABC):
 
     @abstractmethod
     def carry(self, asks: Sequence[Ask]) -> list[Outcome]:
-        """Carry out trials of any prompts, together where they are alike."""
+        """Carry out trials of any prompts, together where they are alike.
+
+        Raises:
+            Interrupted: by Ctrl-C, with what there is.
+        """
 
     @abstractmethod
     def judge(self, prompt: int, purse: Purse | None = None) -> Judge:
@@ -83,6 +96,15 @@ class Ground(ABC):
     def solved(self) -> float:
         """A reward that cannot be exceeded: there is nothing left to search for."""
         return float("inf")
+
+    @property
+    def compared(self) -> bool:
+        """Are samples compared with each other, and not scored?"""
+        return False
+
+    def alike(self, other: Ground) -> bool:
+        """Does the same reward score what is made on both?"""
+        return True
 
 
 class DryGround(Ground):
@@ -97,11 +119,17 @@ class DryGround(Ground):
         self._climbs = False
         self._chance = torch.Generator().manual_seed(0)
 
+    @property
+    def compared(self) -> bool:
+        return self.costs.compared
+
     def price(self, trial: Trial) -> Cost:
         return self.costs.price(trial, self.steps)
 
     def judge(self, prompt: int, purse: Purse | None = None) -> Judge:
-        return ByReward()
+        if not self.costs.compared:
+            return ByReward()
+        return ByDuel(lambda them, pairs: torch.tensor([float(them[i].reward > them[j].reward) for i, j in pairs]), purse)
 
     def carry(self, asks: Sequence[Ask]) -> list[Outcome]:
         outcomes = []
@@ -118,8 +146,7 @@ class DryGround(Ground):
             cost, tiny = self.price(t), self.costs.tiny_finals or (self.costs.tiny and not made.final)
             self.ledger.decodes += 0 if tiny else cost.decodes
             self.ledger.tiny_decodes += cost.decodes if tiny else 0
-            if t.gradient is not False:
-                self.ledger.backwards += min(t.through or self.steps, self.steps)
+            self.ledger.backwards += cost.backwards
         return outcomes
 
 
@@ -132,26 +159,31 @@ class FunctionGround(Ground):
         self.steps, self.levels, self.ledger = 1, [level(0.0, 1.0), level(1.0, 0.0)], Ledger().open()
 
     def price(self, trial: Trial) -> Cost:
-        return Cost(1, 0, int(trial.scored))
+        return Cost(1, 0, int(trial.scored), int(trial.gradient is not False))
 
     def judge(self, prompt: int, purse: Purse | None = None) -> Judge:
         return ByReward()
 
     def carry(self, asks: Sequence[Ask]) -> list[Outcome]:
-        outcomes = []
-        for _, slot, trial in asks:
-            if (trial.start, trial.stop) not in ((0, None), (0, 1)):
-                raise DiffsteerError("a function has no steps on the way: this search wants a chain of several")
-            with torch.enable_grad():
-                x = trial.x.detach().clone().requires_grad_(trial.gradient is not False)
-                value = self.function(x[None])[0]
-                gradient = None
-                if trial.gradient is not False:
-                    target = value if trial.gradient is True else (x * trial.gradient).sum()
-                    gradient = torch.autograd.grad(target, x)[0]
-            x = x.detach()
-            self.ledger.evaluations += 1
-            self.ledger.reward_calls += int(trial.scored)
-            found = Outcome(trial, slot, 1, x, x, x, True, float(value.detach()), value.detach()[None], x, trial.x, gradient)
-            outcomes.append(found)
+        outcomes: list[Outcome] = []
+        try:
+            for _, slot, trial in asks:
+                outcomes.append(self._called(slot, trial))
+        except KeyboardInterrupt as stop:
+            raise Interrupted(dict(enumerate(outcomes))) from stop
         return outcomes
+
+    def _called(self, slot: int, trial: Trial) -> Outcome:
+        if (trial.start, trial.stop) not in ((0, None), (0, 1)):
+            raise DiffsteerError("a function has no steps on the way: this search wants a chain of several")
+        with torch.enable_grad():
+            x = trial.x.detach().clone().requires_grad_(trial.gradient is not False)
+            value = self.function(x[None])[0]
+            gradient = None
+            if trial.gradient is not False:
+                target = value if trial.gradient is True else (x * trial.gradient).sum()
+                gradient = torch.autograd.grad(target, x)[0]
+        x = x.detach()
+        self.ledger.evaluations += 1
+        self.ledger.reward_calls += int(trial.scored)
+        return Outcome(trial, slot, 1, x, x, x, True, float(value.detach()), value.detach()[None], x, trial.x, gradient)

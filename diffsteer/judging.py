@@ -32,8 +32,8 @@ class Judge(Protocol):
 
 def positions(values: Tensor) -> list[int]:
     """Where the highest, the next highest ... stand; NaN last, equals in their order."""
-    clean = values.double().nan_to_num(nan=-math.inf)
-    return sorted(range(len(clean)), key=lambda i: (-float(clean[i]), i))
+    each = values.double().tolist()
+    return sorted(range(len(each)), key=lambda i: (math.isnan(each[i]), 0.0 if math.isnan(each[i]) else -each[i], i))
 
 
 class ByReward:
@@ -84,6 +84,10 @@ def mean_rank(scores: Tensor, weights: Sequence[float]) -> Tensor:
     return (ranks(scores) * w).sum(1) / w.sum()
 
 
+def _is_share(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
 @dataclass(eq=False)
 class RankEnsemble(Reward):
     """Several rewards by the mean of their ranks among what is compared: no scale of theirs matters (Ma et al., 2025, arXiv
@@ -111,12 +115,14 @@ class RankEnsemble(Reward):
     pooled: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.rewards, str) or not isinstance(self.rewards, Sequence):
+            raise DiffsteerError(f"rank_ensemble: rewards={self.rewards!r}; wanted several, such as rewards=[clip, aesthetic]")
         first = next((r.input for r in self.rewards if isinstance(r, Reward)), "pixels")
         self.rewards = [as_reward(r, first) for r in self.rewards]
         self.shares = [1.0] * len(self.rewards) if self.shares is None else list(self.shares)
         if len(self.rewards) < 2:
             raise DiffsteerError("rank_ensemble: it wants two rewards or more, such as rewards=[clip, aesthetic]")
-        if len(self.shares) != len(self.rewards) or not all(w > 0 for w in self.shares):
+        if len(self.shares) != len(self.rewards) or not all(_is_share(w) for w in self.shares):
             raise DiffsteerError(f"rank_ensemble: shares={self.shares}; wanted {len(self.rewards)} positive numbers")
         if len({r.input for r in self.rewards}) > 1:
             raise DiffsteerError("rank_ensemble: rewards on pixels and on latents see different samples")
@@ -189,7 +195,7 @@ def both_ways(duel: Duel, samples: Tensor, pairs: Sequence[tuple[int, int]], pro
     for found in (there, back):
         if found.shape != (len(pairs),) or bool(((found < 0) | (found > 1)).any()):
             raise RewardError(f"{duel.name}: compare returned no {len(pairs)} numbers in [0, 1]")
-    won: Tensor = (there + 1 - back) / 2
+    won: Tensor = torch.stack([there, 1 - back]).nanmean(0)  # one order alone, where the judge says nothing in the other
     return won.nan_to_num(nan=0.5)
 
 
@@ -260,8 +266,8 @@ class UnorderedReward(Reward):
         """
         found: dict[int, float] = {}
         for row, value in self.answers(samples, prompts, ctx):
-            if row in found or not 0 <= row < len(samples):
-                raise RewardError(f"{self.name}: row {row} was answered {'twice' if row in found else 'and is none'}")
+            if row in found or not isinstance(row, int) or not 0 <= row < len(samples):
+                raise RewardError(f"{self.name}: row {row!r} was answered {'twice' if row in found else 'and is none'}")
             found[row] = float(value)
         lost = [i for i in range(len(samples)) if i not in found]
         if lost:

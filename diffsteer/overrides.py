@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING
 
 from diffsteer.config import EXPRESSION, GROUPS
-from diffsteer.expression import SWEEP, is_expression, split
+from diffsteer.expression import SWEEP, is_expression, is_program, split
 from diffsteer.fingerprint import exists
 from diffsteer.registry import nearest, registered
 from diffsteer.types import DiffsteerError
@@ -42,10 +42,10 @@ def for_hydra(argv: list[str]) -> list[str]:
             rewritten.append(arg)
         elif equals and key == "reward" and is_expression(value, registered("reward")):
             rewritten += [f"reward={EXPRESSION}", f"reward.text={quoted(value)}"]
-        elif equals and key in ("holdout", "tune.holdout", "draft.reward") and is_expression(value, registered("reward")):
+        elif equals and key in ("holdout", "tune.holdout", "draft.reward") and _is_reward(value):
             rewritten.append(f"{key}={quoted(value)}")
         elif equals and key in ("holdout", "tune.holdout") and value.startswith("[") and value.endswith("]"):
-            parts = [quoted(part) if is_expression(part, registered("reward")) else part for part in split(value)]
+            parts = [quoted(part) if _is_reward(part) else part for part in split(value)]
             rewritten.append(f"{key}=[{','.join(parts)}]")
         elif equals and key == "reward" and "(" in value and not SWEEP.match(value):  # a program
             rewritten += ["reward=program", f"reward.text={quoted(value)}"]
@@ -56,6 +56,11 @@ def for_hydra(argv: list[str]) -> list[str]:
         else:
             rewritten.append(arg)
     return rewritten
+
+
+def _is_reward(value: str) -> bool:
+    """Is it an expression of rewards, or a program of constraints?"""
+    return is_expression(value, registered("reward")) or is_program(value)
 
 
 def _parses(arg: str) -> bool:
@@ -94,7 +99,7 @@ def _is_option(group: str, value: str, argv: list[str]) -> bool:
             folders.append(Path(after))
         elif flag.startswith("--config-dir="):
             folders.append(Path(flag.partition("=")[2]))
-    return any((folder / group / f"{value}.yaml").is_file() for folder in folders)
+    return any(exists(str(folder / group / f"{value}.yaml")) for folder in folders)
 
 
 def _is_path(value: str, argv: list[str]) -> bool:

@@ -169,7 +169,7 @@ class SteeredPipeline:
             negative_prompt: one for all, or P.
             latents: first states, (P * K, C, h, w), prompt-major, as the pipeline takes them.
             reward_prompts: P texts for the reward, where it is to ask for something else than the prompts say.
-            watch: called with the `Info` of each event.
+            watch: called with the `Info` of each event, or with a search's `Progress` once a round.
             call: the pipeline's own arguments (guidance_scale, height, callback_on_step_end, ...). Embedded models bring
                 the guidance scale and the steps that are best for them as defaults.
 

@@ -12,9 +12,9 @@ from diffsteer.found import Found, Gap
 from diffsteer.ground import Ask, Ground
 from diffsteer.judging import ByDuel, positions
 from diffsteer.trial import SLOTS, Arena, Asking, Outcome, Search, Trial
-from diffsteer.types import DiffsteerError
 
 POOL, POOL_OF_DUELS = 12, 6  # finished samples that are kept whole while searching, at least
+LAST = 4096  # trials that are kept for the end of a search, of `SLOTS`
 
 
 class Run:
@@ -69,8 +69,6 @@ class Run:
         """Pay for a trial, and give it a number."""
         self.purse.pay((ground or self.ground).price(trial))
         self.purse.slots += 1
-        if self.purse.slots >= SLOTS:
-            raise DiffsteerError(f"a search of one prompt has at most {SLOTS} trials")
         return self.prompt, self.purse.slots - 1, trial
 
     def granted(self) -> list[Ask]:
@@ -78,9 +76,12 @@ class Run:
         clock = self.purse.watch
         if self.trials is None or (clock.limit is not None and not clock.measured and clock.pending):
             return []  # another prompt's first trial is being measured
-        most = None
+        most = SLOTS - LAST - self.purse.slots
+        if most <= 0:
+            self.stop("budget")
+            return []
         if clock.limit is not None and self.trials:  # the time is everybody's
-            most = max(1, self.purse.affords(self.ground.price(self.trials[0])) // clock.prompts)
+            most = min(most, max(1, self.purse.affords(self.ground.price(self.trials[0])) // clock.prompts))
         asks: list[Ask] = []
         for trial in self.trials[:most]:
             if self.purse.affords(self.ground.price(trial), self.end_of(trial)) < 1:
@@ -102,8 +103,8 @@ class Run:
         stop = self.ground.steps if trial.stop is None else trial.stop
         return self.ground.price(Trial(trial.x, stop)) if stop < self.ground.steps else Cost()
 
-    def told(self, outcomes: list[Outcome], elapsed: float) -> None:
-        """What became of the trials: note it, and hand it on."""
+    def told(self, outcomes: list[Outcome], elapsed: float, whole: bool = True) -> None:
+        """What became of the trials: note it, and, where it is all of them, hand it on."""
         done = [o for o in outcomes if o.final and o.trial.scored]
         self.scored += len(done)
         on_the_way = [o for o in outcomes if not o.final]
@@ -115,7 +116,7 @@ class Run:
             best = self.finished[0]
             if best.slot != before:
                 self.history.append((self.purse.spent.evals, elapsed, best.reward))
-        if self.trials is not None:  # not closed
+        if whole and self.trials is not None:  # not closed
             self.advance(outcomes)
 
     def pool(self, outcomes: list[Outcome]) -> None:
@@ -125,7 +126,9 @@ class Run:
         order = positions(values)
         if isinstance(self.judge, ByDuel):
             order = order[: max(POOL_OF_DUELS, self.search.keep)]
-        self.finished = [outcomes[i] if n < self.whole else outcomes[i].light() for n, i in enumerate(order)]
+        kept, rest = order[: self.whole], order[self.whole :]
+        self.finished = [outcomes[i] for i in kept]
+        self.finished += [outcomes[i] if outcomes[i].sample is None else outcomes[i].light() for i in rest]
         self.values = [float(values[i]) for i in order]
 
     def late(self, most: int | None) -> list[Ask]:
@@ -141,7 +144,11 @@ class Run:
 
 def found_of(run: Run, gap: Gap | None = None) -> Found:
     """The best and the different ones of what is finished."""
-    pool = [(o, v) for o, v in zip(run.finished, run.values, strict=True) if o.sample is not None][: run.whole]
+    whole = [(o, v) for o, v in zip(run.finished, run.values, strict=True) if o.sample is not None][: run.whole]
+    pool: list[tuple[Outcome, float]] = []
+    for outcome, value in whole:  # a noise that was begun with twice makes one sample
+        if not any(v == value and torch.equal(o.x, outcome.x) for o, v in pool):
+            pool.append((outcome, value))
     samples = [o.sample for o, _ in pool if o.sample is not None]
     features, values = features_of(torch.stack(samples)), torch.tensor([v for _, v in pool], dtype=torch.float64)
     chosen = best_diverse(values, features, run.search.keep, run.search.diversity)

@@ -34,7 +34,7 @@ def rotation(z: Tensor, fresh: Tensor, step: float, place: torch.Generator | Non
     radius = a.norm()
     u = a / radius
     across = n - (n * u).sum() * u
-    if z.numel() == 1:  # nothing lies across
+    if z.numel() == 1 or not radius > 0:  # nothing lies across, or everything does
         return mix(z, fresh, step)
     rotated: Tensor = radius * (math.sqrt(1 - step**2) * u + step * across / across.norm())
     return rotated.to(z.dtype)

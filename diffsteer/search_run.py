@@ -18,7 +18,7 @@ from diffsteer.draft import Draft
 from diffsteer.found import Found, Progress
 from diffsteer.ground import Costs, DryGround, FunctionGround
 from diffsteer.holdout import Selected, nothing, selected
-from diffsteer.judging import Duel, RankEnsemble
+from diffsteer.judging import Duel, RankEnsemble, positions
 from diffsteer.ledger import Ledger
 from diffsteer.reward import Reward, as_reward, check_gradient, prepare
 from diffsteer.run import OUTPUTS, SteeredOutput, told_aside
@@ -168,7 +168,7 @@ def _output(
     if choice is not None:
         scorer = Scorer(choice, session.decoder, asked, ledger, session.embedded, session.cut)
         deciding = scorer.score(samples, session.steps, session.steps).masked_fill(weights == -math.inf, -math.inf)
-    chosen = deciding.nan_to_num(nan=-math.inf).argmax(1)
+    chosen = torch.tensor([positions(row[: len(f.values)])[0] for row, f in zip(deciding, found, strict=True)])
     looked = Scorer(None, session.decoder, asked, ledger, session.embedded, session.cut, aside=aside)
     if aside:
         looked.score(samples, session.steps, session.steps)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from diffsteer.budget import Budget, Cost, Purse, Stopwatch
 from diffsteer.finals import Finals, price_of_final, reserve, whole_chain
 from diffsteer.found import Found, Progress
-from diffsteer.ground import Ask, Ground
+from diffsteer.ground import Ask, Ground, Interrupted
 from diffsteer.playing import Run, found_of
 from diffsteer.trial import Outcome, Search
 from diffsteer.types import DiffsteerError
@@ -42,7 +42,7 @@ def explore(
     purses = [Purse(budget, clock) for _ in ground.ids]
     if render is not None:
         for purse in purses:
-            finalists = reserve(purse, price_of_final(render, remake), finalists)
+            finalists = reserve(purse, price_of_final(render, remake), finalists, render.compared)
     runs = [Run(p, search, ground, purse, finalists) for p, purse in enumerate(purses)]
     drafts = Finals(render, remake, finalists, clock) if render is not None else None
     try:
@@ -84,14 +84,22 @@ def _first(runs: Sequence[Run], clock: Stopwatch) -> Sequence[Run]:
 
 
 def _carry(runs: Sequence[Run], asks: Sequence[Ask], ground: Ground, clock: Stopwatch) -> None:
-    began = clock.now()
-    outcomes = ground.carry(asks)
-    clock.note(sum(ground.price(trial).evals for _, _, trial in asks), clock.now() - began)
+    began, whole = clock.now(), True
+    try:
+        done = dict(enumerate(ground.carry(asks)))
+    except Interrupted as stop:
+        done, whole = stop.done, False
+    clock.note(sum(ground.price(trial).work for _, _, trial in asks), clock.now() - began)
     by_prompt: dict[int, list[Outcome]] = {}
-    for (prompt, _, _), outcome in zip(asks, outcomes, strict=True):
-        by_prompt.setdefault(prompt, []).append(outcome)
+    for i, (prompt, _, trial) in enumerate(asks):
+        if i in done:
+            by_prompt.setdefault(prompt, []).append(done[i])
+        else:
+            runs[prompt].purse.pay(ground.price(trial), -1)
     for prompt, mine in by_prompt.items():
-        runs[prompt].told(mine, clock.elapsed)
+        runs[prompt].told(mine, clock.elapsed, whole)
+    if not whole:
+        raise KeyboardInterrupt
 
 
 def _interrupt(runs: Sequence[Run]) -> None:
@@ -108,10 +116,12 @@ def _stop_solved(runs: Sequence[Run], solved: float) -> None:
 
 def _check(search: Search, budget: Budget, ground: Ground, render: Ground | None) -> None:
     one = ground.price(whole_chain(ground)).plus(render.price(whole_chain(render)) if render is not None else Cost())
-    if budget and budget.seconds is None and not any(getattr(budget, n) is not None and v for n, v in one._asdict().items()):
-        limits = [n for n in one._fields if getattr(budget, n) is not None]
-        raise DiffsteerError(f"budget: {limits[0]} limits nothing here, where a sample costs none: give evals or seconds")
-    if any(getattr(budget, n) is not None and getattr(budget, n) < v for n, v in one._asdict().items()):
+    limits = budget.limits()
+    if budget and budget.seconds is None and not any(getattr(one, name) for name in limits):
+        raise DiffsteerError(
+            f"budget: {next(iter(limits))} ends nothing here, where a sample costs none: give evals or seconds"
+        )
+    if any(limit < getattr(one, name) for name, limit in limits.items()):
         raise DiffsteerError(f"{search.name}: the budget does not pay for one sample: {_price_of_one(ground, render)}")
 
 

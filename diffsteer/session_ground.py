@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffsteer.algebra import noise_std
 from diffsteer.budget import Cost, Purse
-from diffsteer.ground import Ask, Costs, Ground
+from diffsteer.ground import Ask, Costs, Ground, Interrupted
 from diffsteer.judging import ByDuel, ByRank, ByReward, Duel, Judge, RankEnsemble, both_ways
 from diffsteer.reward import Reward
 from diffsteer.selection import checked
@@ -50,6 +50,13 @@ class SessionGround(Ground):
         number = not isinstance(self.reward, RankEnsemble | Duel)
         return self.reward.range[1] if number else float("inf")
 
+    @property
+    def compared(self) -> bool:
+        return self.costs.compared
+
+    def alike(self, other: Ground) -> bool:
+        return isinstance(other, SessionGround) and other.reward is self.reward
+
     def price(self, trial: Trial) -> Cost:
         return self.costs.price(trial, self.steps)
 
@@ -79,13 +86,20 @@ class SessionGround(Ground):
             groups.setdefault(alike, []).append(i)
         found: dict[int, Outcome] = {}
         for members in groups.values():
-            trial = asks[members[0]][2]
-            work = self._forward if trial.gradient is False else self._gradient
-            for i, outcome in zip(members, work([asks[i] for i in members]), strict=True):
-                found[i] = outcome
+            work = self._forward if asks[members[0]][2].gradient is False else self._gradient
+
+            def one_block(block: list[int], members: list[int] = members, work: Any = work) -> None:
+                mine = [members[i] for i in dict.fromkeys(block)]
+                found.update(zip(mine, work([asks[i] for i in mine]), strict=True))
+
+            try:
+                self.session.cut.run(len(members), one_block)
+            except KeyboardInterrupt as stop:
+                raise Interrupted(found) from stop
         return [found[i] for i in range(len(asks))]
 
     def _forward(self, asks: Sequence[Ask]) -> list[Outcome]:
+        """A block of chains, or of parts of them, which are alike."""
         session, first = self.session, asks[0][2]
         rows = [p * SLOTS + slot for p, slot, _ in asks]
         stop = self.steps if first.stop is None else first.stop
@@ -154,20 +168,8 @@ class SessionGround(Ground):
         total = checked(self.reward, samples, texts, ctx).double().cpu()
         return total[:, None], total
 
-    def _gradient(self, asks: Sequence[Ask]) -> list[Outcome]:
-        """Whole chains with the gradient of their reward; a block of rows at a time."""
-        outcomes: list[Outcome] = []
-
-        def one_block(block: list[int]) -> None:
-            mine = list(dict.fromkeys(block))
-            outcomes.extend(self._gradient_block([asks[i] for i in mine]))
-
-        before = len(outcomes)
-        self.session.cut.run(len(asks), one_block)
-        assert len(outcomes) == before + len(asks)
-        return outcomes
-
-    def _gradient_block(self, asks: list[Ask]) -> list[Outcome]:
+    def _gradient(self, asks: list[Ask]) -> list[Outcome]:
+        """A block of whole chains, with the gradient of their reward."""
         session, first = self.session, asks[0][2]
         rows, n = [p * SLOTS + slot for p, slot, _ in asks], len(asks)
         z = torch.stack([t.x for _, _, t in asks]).detach().clone().requires_grad_(True)

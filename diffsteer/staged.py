@@ -85,18 +85,34 @@ def staged(parts: Sequence[Search], shares: Sequence[float], arena: Arena) -> As
         reached += share
         arena.purse.until = reached if part is not parts[-1] else 1.0
         arena.starts = best
-        asking = part.search(arena)
+        stage = _ended(part.search(arena), arena)
+        told: list[Outcome] = []
         try:
-            trials = next(asking)
+            trials = next(stage)
             while True:
                 told = yield trials
-                if not told:
-                    asking.close()
-                    break
                 done = [o for o in told if o.final and o.trial.scored and o.root is not None]
                 if done:  # duels look at samples again
                     done = done if isinstance(arena.judge, ByDuel) else [o.light(known=True) for o in done]
                     best = arena.order([*best, *done])[:HANDED]
-                trials = asking.send(told)
+                trials = stage.send(told)
         except StopIteration:
             continue
+
+
+def _ended(asking: Asking, arena: Arena) -> Asking:
+    """A search until it is granted nothing more; the best of its states on their way then comes to its end, for which what it
+    takes was kept."""
+    waiting: list[Outcome] = []
+    try:
+        trials = next(asking)
+        while told := (yield trials):
+            waiting = [o for o in told if not o.final]
+            trials = asking.send(told)
+    except StopIteration:
+        return
+    asking.close()
+    if waiting:
+        known = [o for o in waiting if o.trial.scored]
+        best = arena.best(known) if known else waiting[0]
+        yield [best.onward(None, eta=best.trial.eta)]

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffsteer.types import DiffsteerError
+
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
     "green": (40, 160, 60),
@@ -169,6 +171,8 @@ MEASUREMENTS: dict[str, Measurement] = {
 def measure(name: str, samples: Tensor, color: str | None) -> Tensor:
     """A measurement of samples (N, 3, H, W), or of clips (N, F, 3, H, W): of images the mean over the frames. (N,)"""
     told = MEASUREMENTS[name]
+    if told.clips and samples.ndim != 5:
+        raise DiffsteerError(f"program: {name} is measured in clips, and these are pictures")
     arguments = () if color is None else (color,)
     if told.clips or samples.ndim == 4:
         return told.function(samples, *arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,14 @@ from torch import Tensor
 
 from diffsteer.reward import Reward
 from diffsteer.rewards.measurements import COLORS, MEASUREMENTS, PRESENT, area, measure, rgb
-from diffsteer.types import Context, DiffsteerError, nearest
+from diffsteer.types import Context, DiffsteerError, check_numbers, nearest
 
-_TOKEN = re.compile(r"\s*(?:(\d+\.?\d*(?:e-?\d+)?|\.\d+)|(#[0-9a-fA-F]{6}|[A-Za-z_]\w*)|(>=|<=|==|[-+*/(),<>]))")
+_TOKEN = re.compile(r"\s*(?:((?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)|(#[0-9a-fA-F]{6}|[A-Za-z_]\w*)|(>=|<=|==|[-+*/(),<>]))")
 RELATIONS = {"left_of": ("x", 1), "right_of": ("x", -1), "above": ("y", 1), "below": ("y", -1)}
 GROUPS = ("all_of", "any_of", "weighted")
 BOUNDS = {"less_than": "<", "greater_than": ">", "equal": "=="}
 MOST = 60  # how deep a program may be nested
+SIGNS = 200  # operations in it, at most
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class _Parser:
     def __init__(self, text: str) -> None:
         self.text, self.at, self.depth = text, 0, 0
         self.tokens = list(self._read(text))
+        if sum(token in "+-*/" for _, token, _ in self.tokens) > SIGNS:
+            raise DiffsteerError(f"program: more than {SIGNS} operations: {_shown(text)}")
 
     def _read(self, text: str) -> Iterator[tuple[str, str, int]]:
         at = 0
@@ -300,8 +304,11 @@ class Program(Reward):
     differentiable: ClassVar[bool] = True  # where all its measurements are
 
     def __post_init__(self) -> None:
-        if not self.margin >= 0:
-            raise DiffsteerError(f"program: margin={self.margin:g}; it is at least 0")
+        if not isinstance(self.text, str):
+            raise DiffsteerError(f"program: text={self.text!r}; wanted one such as 'area(red) > area(blue)'")
+        check_numbers("program: ", {}, {"margin": self.margin})
+        if self.margin is None or not 0 <= self.margin < math.inf:
+            raise DiffsteerError(f"program: margin={self.margin}; it is at least 0, and finite")
         self.node = parse(self.text)
         used = [MEASUREMENTS[n.kind] for n in parts_of(self.node) if n.kind in MEASUREMENTS]
         clips = any(m.clips for m in used)

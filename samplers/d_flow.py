@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from diffsteer.prior import chi
 from diffsteer.samplers.noise_gradient import NoiseGradient, pull
 from diffsteer.trial import Arena, Asking
 from diffsteer.types import setting
@@ -19,7 +20,7 @@ class DFlow(NoiseGradient):
 
     Directions come of the last `history` pairs (L-BFGS); each is shortened by half until the loss falls enough (Armijo's rule),
     every try costing one chain with its gradient, so that it counts as an iteration. The radius is held by the chi log-density
-    of `ReNO`.
+    of `ReNO`. A noise has converged where no step is accepted, or where `history` steps gain less than `tolerance` together.
 
     A heuristic: a local optimum. With one iteration it is the plain chain.
 
@@ -40,9 +41,7 @@ class DFlow(NoiseGradient):
         self.check(history=(1, None), length=(1e-9, None))
 
     def loss(self, z: Tensor, reward: float) -> float:
-        square = z.double().square().sum()
-        chi = 0.5 * square - 0.5 * (z.numel() - 1) * square.clamp(min=1e-12).log()
-        return float(-reward + self.regulariser * chi)
+        return float(-reward + self.regulariser * chi(z.double()[None])[0])
 
     def ascend(self, arena: Arena, noises: Sequence[Tensor]) -> Asking:
         for z in noises:
@@ -51,6 +50,7 @@ class DFlow(NoiseGradient):
     def _one(self, z: Tensor) -> Asking:
         tried = 0
         outcome = (yield [self.trial(z.clone(), self.iterations > 1)])[0]
+        reached, waited = outcome.reward, 0
         pairs: list[tuple[Tensor, Tensor]] = []
         while tried + 1 < self.iterations:
             assert outcome.gradient is not None
@@ -78,7 +78,9 @@ class DFlow(NoiseGradient):
             change, turned = moved - z, -following.gradient + self.regulariser * pull(moved) - g
             if float((change * turned).sum()) > 1e-10:
                 pairs = [*pairs, (change, turned)][-self.history :]
-            if following.reward - outcome.reward < self.tolerance and size * float(direction.norm()) < 1e-3:
+            if following.reward > reached + self.tolerance:
+                reached, waited = following.reward, 0
+            elif (waited := waited + 1) >= self.history:
                 return
             z, outcome = moved, following
 

@@ -18,7 +18,8 @@ from diffsteer.types import setting
 class DNO(NoiseGradient):
     """AdamW on the first noise and on that of every transition, held to look like white noise.
 
-    After a stage of particles it begins with the very noise of the best particle's chain. Rewards without a gradient go by the
+    After a stage of particles it begins with the very noise of the best particle's chain (after a stage without noise on the
+    way only with its first noise: the first iterate is another sample then). Rewards without a gradient go by the
     hybrid gradient (`black_box`): differences of rewards of perturbed samples tell a direction in sample space, which goes back
     through the chain exactly.
 
@@ -27,7 +28,7 @@ class DNO(NoiseGradient):
 
     Args:
         clip: of the gradient's norm, over all noise together; 0 does not clip.
-        patience: iterations without a gain of `tolerance` after which it has converged; 0 never stops.
+        patience: iterations that gain less than `tolerance` together, after which it has converged; 0 never stops.
         rate: of AdamW. eta: amount of noise in the transition; 0 leaves the first noise alone.
         regulariser: gamma, the weight of the whiteness bound.
         orders: random orders of the coordinates that the bound is averaged over, an iteration.
@@ -85,12 +86,12 @@ class DNO(NoiseGradient):
     def _ascend(self, arena: Arena, z: Tensor, injected: Tensor) -> Asking:
         both = [z.float().clone(), injected.float().clone()] if self.eta else [z.float().clone()]
         optimiser = torch.optim.AdamW(both, lr=self.rate, weight_decay=0.0)  # whose decay would shrink the noise
-        best, waited = float("-inf"), 0
+        reached, waited = float("-inf"), 0
         for i in range(self.iterations):
             last = i + 1 == self.iterations
             outcome, gradients = yield from self._look(arena, both, last)
-            gain = outcome.reward > best + self.tolerance
-            best, waited = max(best, outcome.reward), 0 if gain else waited + 1
+            gain = outcome.reward > reached + self.tolerance
+            reached, waited = (outcome.reward, 0) if gain else (reached, waited + 1)
             if last or (self.patience and waited >= self.patience):
                 return
             pulls = self._pulls(arena, both)

@@ -28,7 +28,7 @@ class ReNO(NoiseGradient):
     Args:
         clip: of each noise's gradient norm; 0 does not clip.
         rate: of SGD, 5 for most models of the paper. momentum: in [0, 1).
-        patience: iterations without a gain of `tolerance` after which a noise has converged; 0 never stops.
+        patience: iterations that gain less than `tolerance` together, after which a noise has converged; 0 never stops.
     """
 
     clip: float = setting(0.1, low=0)
@@ -47,15 +47,16 @@ class ReNO(NoiseGradient):
         """SGD on noises side by side, each with an optimiser of its own."""
         parameters = [z.float().clone() for z in noises]
         optimisers = [self.optimiser(z) for z in parameters]
-        bests, waited = [-math.inf] * len(parameters), [0] * len(parameters)
+        reached, waited = [-math.inf] * len(parameters), [0] * len(parameters)
         alive = list(range(len(parameters)))
         for i in range(self.iterations):
             last = i + 1 == self.iterations
             told = yield [self.trial(parameters[j].clone(), not last) for j in alive]
             for j, outcome in zip(list(alive), told, strict=False):
-                gain = outcome.reward > bests[j] + self.tolerance or bests[j] == -math.inf
-                waited[j] = 0 if gain else waited[j] + 1
-                bests[j] = max(bests[j], outcome.reward)
+                if outcome.reward > reached[j] + self.tolerance:
+                    reached[j], waited[j] = outcome.reward, 0
+                else:
+                    waited[j] += 1
                 if last or (self.patience and waited[j] >= self.patience):
                     alive.remove(j)
                 else:

@@ -15,11 +15,16 @@ from diffsteer.types import DiffsteerError
 class Stages(Search):
     """Samplers one after another, each beginning with the best of what came before.
 
-    A search hands on the noises of its best samples; particles start from them; a gradient goes on from the best one, and DNO
-    from the very noise of the best particle's chain. The best sample of all stages is the result. With one stage it is that
-    search.
+    A search hands on the first noises of its best samples; particles start from them; a gradient goes on from the best one, and
+    DNO from the very noise of the best particle's chain. The best sample of all stages is the result. With one stage it is that
+    search. A stage whose share ends on the way brings its best state to the end before the next one begins.
+
+    What is handed on counts where a chain follows from its first noise. With noise on the way (`eta`, 1 by default in samplers
+    of particles) it hardly does: as a later stage give such samplers a small eta.
 
     Any sampler may be a stage. One that weighs particles is here a search for a good sample: its weights are not handed on.
+
+    A heuristic. Cost: that of the stages together, or the budget.
 
     Args:
         stages: samplers, in order; on the command line mappings with a ``name``.

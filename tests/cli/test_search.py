@@ -84,7 +84,33 @@ def test_a_program_is_a_reward_as_it_stands(command: Any, toy_folder: Path, tmp_
     assert lines(tmp_path / "one")[0]["reward"] <= 0
 
 
+DARK = "less_than(brightness(), 0.2)"
+
+
+@pytest.mark.parametrize("more", [
+    (f"reward={DARK}",),
+    ("reward=all_of(greater_than(brightness(), 0.2), left_of(red, blue))",),
+    ("reward=all_of(" + ", ".join(["area(red) > 2 * area(blue)"] * 60) + ")",),
+    ("reward=brightness + " + " + ".join(["0.5 * sharpness"] * 60),),
+    ("reward=brightness", "holdout=left_of(red, blue)"),
+    ("reward=brightness", f"holdout=[sharpness, {DARK}]"),
+    ("reward=brightness", "draft.steps=2", "draft.reward=area(red) > 0.1"),
+    ("reward=rank_ensemble", "reward.rewards=[brightness, 'area(red) > 0.1']"),
+    ("reward=brightness", "draft.steps=2", "draft.reward={name: rank_ensemble, rewards: [brightness, sharpness]}"),
+], ids=lambda more: " ".join(more)[:60])  # fmt: skip
+def test_programs_and_long_texts_stand_wherever_rewards_do(
+    command: Any, toy_folder: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    few = ("sampler=random_search", "sampler.candidates=2")
+    result = command("generate", *BASE[:2], "out=one", f"model={toy_folder}", *few, *more)
+    assert result.code == 0, result.err
+    assert lines(tmp_path / "one")[0]["reward"] is not None
+
+
 @pytest.mark.parametrize("more, said", [
+    (("reward=rank_ensemble", "reward.rewards=[clip, brightness]", "reward.shares=[a, b]"), "2 positive numbers"),
+    (("reward=rank_ensemble", "reward.rewards=[clip, brightness]", "reward.shares=[1, .inf]"), "2 positive numbers"),
+    (("sampler=fk", "reward=rank_ensemble", "reward.rewards=brightness"), "rewards=brightness; wanted a list"),
     (("sampler=fk", "budget.evals=10"), "budget. has no effect: sampler=fk is no search"),
     (("sampler=fk", "draft.steps=2"), "draft. has no effect"),
     (("sampler=zero_order", "budget.evals=0"), "budget: evals=0; it must be above 0"),

@@ -18,6 +18,7 @@ from diffsteer.diversity import best_diverse, diversity, features_of
 from diffsteer.judging import ByDuel, ByRank, Duel, RankEnsemble, UnorderedReward, elo, mean_rank, ranks
 from diffsteer.prior import LIMIT, chi, diagnose, whiteness
 from diffsteer.proposals import PROPOSALS, cross, mix, partial, proposal_of, rotation
+from diffsteer.samplers.noise_gradient import pull
 from diffsteer.trial import Outcome, Trial
 from diffsteer.types import Context
 
@@ -122,6 +123,7 @@ def test_chi_is_least_on_the_shell_and_counts_rows_alone() -> None:
     z = z / z.norm(dim=1, keepdim=True) * math.sqrt(d - 1)
     z.requires_grad_(True)
     (gradient,) = torch.autograd.grad(chi(z).sum(), z)
+    torch.testing.assert_close(gradient, torch.stack([pull(row) for row in z.detach()]), atol=1e-5, rtol=0)
     assert gradient.abs().max() < 1e-4
     assert (chi(1.1 * z) > chi(z)).all() and (chi(0.9 * z) > chi(z)).all()
     alone = torch.cat([chi(z[:1]), chi(5 * z[1:])])
@@ -159,6 +161,8 @@ def test_the_best_are_chosen_and_copies_are_not() -> None:
     assert best_diverse(values, features, 2, 0.0) == [0, 1]
     assert best_diverse(values, features, 2, 0.5) == [0, 2]
     assert best_diverse(torch.tensor([math.nan, 0.2, -math.inf, 0.1]), features, 3, 0.0)[:2] == [1, 3]
+    lost = torch.tensor([1.0, 0.95, -3.0, -math.inf])
+    assert best_diverse(lost, features, 2, 0.3) == best_diverse(lost[:3], features[:3], 2, 0.3)
     assert best_diverse(values, features, 9, 0.3)[0] == 0 and len(best_diverse(values, features, 9, 0.3)) == 4
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -140,9 +141,27 @@ def test_what_is_no_program(text: str, said: str) -> None:
         Program(text)
 
 
-def test_a_wrong_margin() -> None:
-    with pytest.raises(DiffsteerError, match="margin=-1"):
-        Program("area(red) > 0", margin=-1)
+@pytest.mark.parametrize("margin", [-1, float("inf"), float("nan"), None, "a"])
+def test_a_wrong_margin(margin: Any) -> None:
+    with pytest.raises(DiffsteerError, match="margin="):
+        Program("area(red) > 0", margin=margin)
+
+
+def test_what_is_no_text_too_long_or_measured_in_clips() -> None:
+    for text in (None, 3):
+        with pytest.raises(DiffsteerError, match="wanted one such as"):
+            Program(text)  # type: ignore[arg-type]
+    with pytest.raises(DiffsteerError, match="more than 200 operations"):
+        Program("+".join(["area(red)"] * 5000) + " > 1")
+    long = "+".join(["area(red)"] * 200) + " > 1000"
+    assert float(Program(long).score(TWO[None], ["any"], CTX)) < 0
+    with pytest.raises(DiffsteerError, match="measured in clips"):
+        Program("speed(red) > 0.1").score(TWO[None], ["any"], CTX)
+
+
+def test_numbers_are_read_as_everywhere() -> None:
+    assert len({str(Program(f"area(red) > {number}").node) for number in ("1E-2", ".01", "1e-2", "0.1e-1", "0.01")}) == 1
+    assert str(Program("area(red) > .5e+1").node) == str(Program("area(red) > 5").node)
 
 
 @given(st.text(alphabet="arexyblunod_fl,()<>=+-*/ .0123#weightsp", max_size=60))

@@ -63,7 +63,7 @@ def test_what_a_pass_leaves_finishes_more(search: Search) -> None:
 
 
 def test_what_limits_nothing_is_refused_and_not_gone_on_with_for_ever() -> None:
-    with pytest.raises(DiffsteerError, match="decodes limits nothing here"):
+    with pytest.raises(DiffsteerError, match="decodes ends nothing here"):
         maximise(peaks, (4,), RandomSearch(4), Budget(decodes=3))
     with pytest.raises(DiffsteerError, match="does not pay for one sample"):
         run(RandomSearch(4), budget=Budget(evals=STEPS - 1, decodes=3))
