@@ -31,9 +31,9 @@ test-comfy: $(VENV)/installed  ## with a real ComfyUI: DIFFSTEER_COMFYUI names a
 
 test-browser: $(VENV)/installed  ## reports in a headless Chromium, which Debian's packages bring
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium; } >/dev/null 2>&1 || true
-	@if command -v chromium >/dev/null; then \
-	  $(BIN)/python -m pip install --quiet playwright && $(BIN)/python -m pytest -q -m browser tests/report; \
-	else echo "Chromium can be neither found nor installed here: the tests in a browser are left out"; fi
+	@command -v chromium >/dev/null || { echo "Chromium can be neither found nor installed here"; exit 2; }
+	$(BIN)/python -m pip install --quiet playwright
+	$(BIN)/python -m pytest -q -m browser tests/report
 
 check: $(VENV)/installed-dev  ## style, types, tests
 	$(BIN)/ruff format --check .

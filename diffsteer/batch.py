@@ -18,13 +18,15 @@ if TYPE_CHECKING:
     from diffsteer.run import SteeredOutput
 
 Begin = Callable[[Sequence[Item]], Callable[[], "SteeredOutput"]]
-# Failures in a row, all alike, after which a process tries no more: where it has done nothing yet, and where it has.
+# Failures in a row, all alike, after which a process looks elsewhere: where it has done nothing yet, and where it has.
 ALIKE, MANY = 3, 25
+ELSEWHERE = (0.5, 1.0)  # of what is left: in the middle, and last; where these fail, too, it tries no more
 SOON, LATER = 0.1, 2.0  # seconds between looks at what others have
 
 
 class InARow:
-    """Failures of this process since it did something, all of one kind: a broken one would fail whatever is left."""
+    """Failures of this process since it did something, all of one kind: a broken one would fail whatever is left. A few wrong
+    prompts that follow each other are told from that by trying others."""
 
     def __init__(self) -> None:
         self.kinds: list[str] = []
@@ -36,7 +38,20 @@ class InARow:
     def hopeless(self, error: Exception, prompts: int) -> bool:
         """Is it so, after one more?"""
         self.kinds.append(type(error).__name__)
-        return len(set(self.kinds)) == 1 and len(self.kinds) >= (MANY if self.worked else min(ALIKE, prompts))
+        return self._alike and len(self.kinds) >= min(self._most + len(ELSEWHERE), prompts)
+
+    def at(self) -> float:
+        """Where among what is left the next prompt is to be taken from."""
+        tried = len(self.kinds) - self._most
+        return ELSEWHERE[min(tried, len(ELSEWHERE) - 1)] if self._alike and tried >= 0 else 0.0
+
+    @property
+    def _alike(self) -> bool:
+        return len(set(self.kinds)) == 1
+
+    @property
+    def _most(self) -> int:
+        return MANY if self.worked else ALIKE
 
 
 @dataclass
@@ -137,11 +152,15 @@ class Maker:
             if mine is None:
                 continue
             if _of_all(mine):
-                raise mine  # no other prompt would fare better
+                raise self._ended(mine)  # no other prompt would fare better
             self.folder.fail(item, mine)
             if self.row.hopeless(mine, len(self.folder.items)):
                 raise mine
         self._over(items)
+
+    def _ended(self, error: Exception) -> Exception:
+        """What went well and fails now is no wrong input."""
+        return FailedError(str(error)) if self.row.worked and isinstance(error, DiffsteerError) else error
 
     def _over(self, items: list[Item]) -> None:
         self.folder.leases.release(items)
@@ -185,7 +204,7 @@ def generate(
     with folder.leases.renewing(), warnings.catch_warnings(), maker.writer:
         warnings.simplefilter("ignore", DriftWarning)  # the folder is looked at as a whole
         folder.start()
-        for items in _claims(folder, batch, maker.settle):
+        for items in _claims(maker, batch):
             maker.make(items)
         maker.settle()
     folder.finish()
@@ -197,13 +216,13 @@ def generate(
         )
 
 
-def _claims(folder: Folder, size: int, settle: Callable[[], bool]) -> Iterator[list[Item]]:
+def _claims(maker: Maker, size: int) -> Iterator[list[Item]]:
     """Items that are ours to do, until nothing is left; where others have all of it, it is waited for: they may be gone."""
     pause = SOON
-    while (items := folder.claim(size)) != []:
+    while (items := maker.folder.claim(size, maker.row.at())) != []:
         if items is not None:
             pause = SOON
             yield items
-        elif not settle():
+        elif not maker.settle():
             time.sleep(pause)
             pause = min(2 * pause, LATER)

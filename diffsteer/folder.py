@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,9 +61,11 @@ class Folder:
     def __post_init__(self) -> None:
         self.leases = Leases(self.path)
         self._prompts = {item.id: item for item in self.items}
+        self._left = dict(self._prompts)  # neither done nor failed; what failed before this run comes last
         self._names = {item.name for item in self.items}
         self._marked: float | None = None  # when what came before was written
         self._read = (0, b"")  # how much of the manifest was read, and how that ended
+        self._told = 0  # bytes of what failed that were read
         with self.leases.lock:
             cut_unfinished(self.path / TIMINGS)
             cut_unfinished(self.path / MANIFEST)
@@ -71,26 +73,31 @@ class Folder:
 
     def refresh(self) -> None:
         """Take in what this or another process has written since. The lock is held."""
-        manifest = self.path / MANIFEST
-        if not manifest.is_file():
-            return
-        with manifest.open("rb") as file:
-            start, ended = self._read
-            file.seek(max(0, start - len(ended)))
-            if file.read(len(ended)) != ended:  # it was put in order since
-                start = 0
-            file.seek(start)
-            whole = file.read().rpartition(b"\n")[0]
-            for number, line in enumerate(whole.split(b"\n") if whole else (), 1):
-                self._take(_entry(line, manifest, number))
-            if whole:
-                self._read = start + len(whole) + 1, whole[-TAIL:] + b"\n"
-        if (self.path / ERRORS).is_file():
-            for text in (self.path / ERRORS).read_text(encoding="utf-8").split("\n"):
-                with contextlib.suppress(ValueError):
+        manifest, errors = self.path / MANIFEST, self.path / ERRORS
+        if manifest.is_file():
+            with manifest.open("rb") as file:
+                start, ended = self._read
+                file.seek(max(0, start - len(ended)))
+                if file.read(len(ended)) != ended:  # it was put in order since
+                    start = 0
+                file.seek(start)
+                whole = file.read().rpartition(b"\n")[0]
+                for number, line in enumerate(whole.split(b"\n") if whole else (), 1):
+                    self._take(_entry(line, manifest, number))
+                if whole:
+                    self._read = start + len(whole) + 1, whole[-TAIL:] + b"\n"
+        size = errors.stat().st_size if errors.is_file() else 0
+        if size != self._told:
+            self._told = size
+            for text in errors.read_text(encoding="utf-8").split("\n") if size else ():
+                with contextlib.suppress(ValueError, KeyError, TypeError):
                     told = json.loads(text)
                     if told["id"] not in self.entries:
-                        self.failed[told["id"]] = told
+                        self._lost(told)
+
+    def _lost(self, told: dict[str, Any]) -> None:
+        self.failed[told["id"]] = told
+        self._left.pop(told["id"], None)
 
     def _take(self, entry: dict[str, Any]) -> None:
         manifest = self.path / MANIFEST
@@ -108,28 +115,41 @@ class Folder:
         if not stopped and all((self.path / image).is_file() for image in images):
             self.entries[entry["id"]] = entry
             self.failed.pop(entry["id"], None)
+            self._left.pop(entry["id"], None)
 
     def start(self) -> None:
-        """A run begins: what failed before is tried again, unless others are at work on it."""
+        """A run begins: what failed before is tried again, after all else, unless others may be at work on it."""
         self._marked = time.perf_counter()
         with self.leases.lock:
+            self._about()
             if self.missing and not self.leases.others():
+                self._left |= {id: self._prompts[id] for id in self.failed if id in self._prompts}
                 self.failed.clear()
                 (self.path / ERRORS).unlink(missing_ok=True)
-                with replacing(self.path / RUN) as part:
-                    part.write_text(json.dumps({"prompts": len(self.items), "settings": self.settings_hash}))
+                self._told = 0
 
-    def claim(self, size: int) -> list[Item] | None:
+    def _about(self) -> None:
+        about = json.dumps({"prompts": len(self.items), "settings": self.settings_hash})
+        if not (self.path / RUN).is_file() or (self.path / RUN).read_text() != about:
+            with replacing(self.path / RUN) as part:
+                part.write_text(about)
+
+    def claim(self, size: int, at: float = 0.0) -> list[Item] | None:
         """The next items to do, ours from here: up to `size`, for which the same is asked. None where others have all that is
-        left; [] where nothing is."""
+        left; [] where nothing is.
+
+        Args:
+            at: which are the next ones: from this share of what is left on.
+        """
         with self.leases.lock:
             self.refresh()
-            left = [item for item in self.missing if item.id not in self.failed]
-            for items in batches(left, size):
-                mine = self.leases.claim(items)
-                if mine:
-                    return mine
-            return None if left else []
+            skipped = min(int(at * len(self._left)), max(len(self._left) - 1, 0))
+            for start, stop in ((skipped, None), (0, skipped)):
+                for items in batches(itertools.islice(self._left.values(), start, stop), size):
+                    mine = self.leases.claim(items)
+                    if mine:
+                        return mine
+            return None if self._left else []
 
     @property
     def missing(self) -> list[Item]:
@@ -139,8 +159,8 @@ class Folder:
     def fail(self, item: Item, error: Exception) -> None:
         """Note that an item could not be made."""
         said = " ".join(f"{type(error).__name__}: {error}".split()) if not isinstance(error, DiffsteerError) else str(error)
-        self.failed[item.id] = {"id": item.id, "prompt": item.prompt, "error": said[:2000]}
         with self.leases.lock:
+            self._lost({"id": item.id, "prompt": item.prompt, "error": said[:2000]})
             append(self.path / ERRORS, [self.failed[item.id]])
 
     def add(self, items: Sequence[Item], out: SteeredOutput, seed: int, output: str) -> None:
@@ -206,12 +226,15 @@ class Folder:
         with self.leases.lock:
             append(self.path / MANIFEST, lines)
             append(self.path / TIMINGS, [timing])
-        self.entries |= {entry["id"]: entry for entry in lines}
+            for entry in lines:
+                self.entries[entry["id"]] = entry
+                self._left.pop(entry["id"], None)
 
     def finish(self) -> None:
         """Put the manifest in the order of the items, lines of prompts that are not asked for now last; draw the sheet."""
         with self.leases.lock:
             self.refresh()
+            self._about()
             self._finish()
 
     def _finish(self) -> None:
@@ -221,7 +244,7 @@ class Folder:
         if not (self.path / MANIFEST).is_file() or (self.path / MANIFEST).read_text(encoding="utf-8") != text:
             with replacing(self.path / MANIFEST) as part:
                 part.write_text(text, encoding="utf-8")
-        if not self.leases.others():  # the last one to finish
+        if not self.leases.others(here=True):  # the last one to finish on this machine: of others nobody can be sure
             for name in self.sinks:
                 SINKS[name](self.path, [self.entries[id] for id in asked])
             _drift([self.entries[id] for id in asked])
@@ -239,11 +262,11 @@ def paced(timings: Sequence[dict[str, Any]]) -> tuple[float, float] | None:
     return sum(len(t["ids"]) for t in timings) / total, max(0.0, 1 - inside / total)
 
 
-def batches(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
+def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     """Up to `size` items at a time, of those that follow each other and for which the same is asked."""
     for _, alike in itertools.groupby(items, key=lambda item: item.asked):
-        group = list(alike)
-        yield from (group[i : i + size] for i in range(0, len(group), size))
+        while group := list(itertools.islice(alike, size)):
+            yield group
 
 
 def _entry(line: bytes, path: Path, number: int) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import json
 import os
 import socket
 import threading
-import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -40,8 +39,7 @@ class Leases:
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.path / LOCK)  # whoever reads and writes what is shared holds it; it may be taken again
         self.held: set[Path] = set()
-        me = psutil.Process()
-        self.me = {"host": _host(), "pid": me.pid, "born": me.create_time()}
+        self.me = {"host": _host(), "pid": os.getpid(), "born": _born(os.getpid())}
         self.presence = self.path / f"at-{uuid.uuid4().hex}.json"
 
     def claim(self, items: Sequence[Item]) -> list[Item]:
@@ -58,9 +56,11 @@ class Leases:
         for item in items:
             self._drop(self._file(item))
 
-    def others(self) -> bool:
-        """Is another process at work here?"""
-        return any(self._taken(file) for file in self.path.glob("at-*.json") if file != self.presence)
+    def others(self, here: bool = False) -> bool:
+        """Is another process at work, as far as can be known? `here`: on this machine, of which it is known."""
+        files = [file for file in self.path.glob("at-*.json") if file != self.presence]
+        holders = [(file, _holder(file)) for file in files]
+        return any(self._taken(f) for f, who in holders if not here or (who and who.get("host") == self.me["host"]))
 
     @contextlib.contextmanager
     def renewing(self) -> Iterator[None]:
@@ -107,9 +107,15 @@ class Leases:
         if holder.get("host") == self.me["host"]:
             return _lives(holder)
         try:
-            return time.time() - file.stat().st_mtime < LEASE
+            return self._now() - file.stat().st_mtime < LEASE
         except OSError:
             return False
+
+    def _now(self) -> float:
+        """The time by the clock that dates the leases: of who keeps the files, which may be another machine."""
+        clock = self.path / "clock"
+        clock.touch()
+        return clock.stat().st_mtime
 
 
 def _holder(file: Path) -> dict[str, Any] | None:
@@ -130,12 +136,19 @@ def _host() -> str:
     return " ".join(parts)
 
 
+def _born(pid: int) -> float:
+    """When a process began: in ticks since the machine did, where that is told, since clocks are put right now and then."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        return float(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    return float(psutil.Process(pid).create_time())
+
+
 def _lives(holder: dict[str, Any]) -> bool:
     """Is it that process, and no other one with its number?"""
     try:
         process = psutil.Process(int(holder["pid"]))
         dead = process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)  # nobody has asked how it ended yet
-        return not dead and abs(float(process.create_time()) - float(holder["born"])) < 2
+        return not dead and abs(_born(process.pid) - float(holder["born"])) < 2
     except (psutil.Error, KeyError, TypeError, ValueError):
         return False
 

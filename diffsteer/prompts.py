@@ -22,12 +22,13 @@ COLUMNS = ("prompt", "Prompt", "prompts", "Prompts", "caption", "text")  # of wh
 OVERRIDES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda v: type(v) is int and 0 <= v < 2**63, "a whole number in [0, 2^63)"),
     "negative_prompt": (lambda v: isinstance(v, str), "a text"),
-    "guidance_scale": (lambda v: type(v) in (int, float) and math.isfinite(v), "a number"),
+    "guidance_scale": (lambda v: type(v) in (int, float) and abs(v) < 1e6, "a number"),
     "num_inference_steps": (lambda v: type(v) is int and v >= 1, "a whole number, at least 1"),
     "width": (lambda v: type(v) is int and v >= 1, "a whole number, at least 1"),
     "height": (lambda v: type(v) is int and v >= 1, "a whole number, at least 1"),
     "reward": (lambda v: isinstance(v, dict) and all(isinstance(k, str) for k in v), "a mapping of arguments"),
 }
+WHOLE = ("seed", "num_inference_steps", "width", "height")
 TEXTS = (".txt", ".caption", ".prompt")  # members of a tar that hold nothing but a prompt
 
 
@@ -65,7 +66,7 @@ def as_items(prompts: Sequence[str]) -> list[Item]:
 
 def read_items(path: str | Path) -> list[Item]:
     """Prompts from a file, by its ending: .jsonl, .ndjson or .json (an object a line, or a list of them), .csv, .tsv, .parquet
-    (with pyarrow), .tar (webdataset: a text or a JSON object a key), or else a prompt a line.
+    (with pyarrow), .tar, compressed or not (webdataset: a text or a JSON object a key), or else a prompt a line.
 
     An object or a row has a prompt (tables may call it Prompts, caption or text), an ``id`` if wanted, and any of `OVERRIDES`;
     a table has ``reward.NAME`` in the place of a mapping. So GenEval's metadata and DrawBench can be read as they are.
@@ -102,7 +103,7 @@ def _rows(path: Path) -> Iterable[Row]:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return _parquet(path)
-    if suffix == ".tar":
+    if suffix in (".tar", ".tgz") or ".tar." in path.name.lower():
         return _tar(path)
     text = _text(path)
     if suffix in (".csv", ".tsv"):
@@ -162,6 +163,9 @@ def _table(path: Path, text: str, delimiter: str) -> Iterator[Row]:
 
 
 def _column(path: Path, names: Sequence[str]) -> str:
+    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if twice is not None:
+        raise DiffsteerError(f"{path}: two columns are called {twice!r}")
     found = next((name for name in COLUMNS if name in names), None)
     if found is None:
         raise DiffsteerError(
@@ -235,6 +239,7 @@ def _typed_values(row: dict[str, Any]) -> dict[str, Any]:
 def _tar(path: Path) -> Iterator[Row]:
     """A webdataset shard: members of one key, its name up to the first dot, are one prompt."""
     members: dict[str, dict[str, bytes]] = {}
+    twice: list[str] = []
     try:
         with tarfile.open(path, "r:*") as archive:
             for member in archive:
@@ -243,11 +248,17 @@ def _tar(path: Path) -> Iterator[Row]:
                 if member.isfile() and (f".{ending}" in TEXTS or ending == "json"):
                     key = f"{folder}/{stem}".lstrip("/")
                     taken = archive.extractfile(member)
+                    twice += [member.name] if ending in members.get(key, {}) else []
                     members.setdefault(key, {})[ending] = b"" if taken is None else taken.read()
+            archive.fileobj.seek(archive.offset)
+            if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("it is cut off")
     except OSError as error:
         raise DiffsteerError(_unreadable(path, error)) from error
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DiffsteerError(f"prompts={path}: this is no tar file ({str(error).splitlines()[0]})") from error
+    if twice:
+        raise DiffsteerError(f"prompts={path}: {twice[0]} is in it twice")
     for key, parts in members.items():
         where = f"{path}, key {key}"
         try:
@@ -258,8 +269,16 @@ def _tar(path: Path) -> Iterator[Row]:
             continue
         if isinstance(told, dict):
             named = next((told[c] for c in COLUMNS if c in told), None)
-            told = {"id": key, **told, **({"prompt": text.strip()} if text is not None else {"prompt": named} if named else {})}
+            if text is not None and not (isinstance(named, str) and named.strip() == text.strip()):
+                named = text.strip()
+            told = {"id": key, **told, **({"prompt": named} if named else {})}
         yield where, told
+
+
+def _whole(name: str, value: Any) -> Any:
+    """A whole number that a table keeps as 7.0, for want of another kind that may be missing."""
+    whole = name in WHOLE and isinstance(value, float) and value.is_integer()
+    return int(value) if whole else value
 
 
 def _plain(value: Any) -> Any:
@@ -281,17 +300,17 @@ def _item(index: int, row: Any, where: str) -> Item:
     row = {"prompt": row} if isinstance(row, str) and not where.rpartition(", ")[2].startswith("entry") else row
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise DiffsteerError(f'{where}: wanted an object with a text "prompt", such as {{"prompt": "a red star"}}')
-    id = row.get("id", index)
+    id = index if row.get("id") is None else row["id"]
     if isinstance(id, bool) or not isinstance(id, int | str):
         raise DiffsteerError(f"{where}: the id {id!r} is neither a text nor a whole number")
-    overrides = {name: row[name] for name in OVERRIDES if row.get(name) is not None}
+    overrides = {name: _whole(name, row[name]) for name in OVERRIDES if row.get(name) is not None}
     for name, value in overrides.items():
         right, wanted = OVERRIDES[name]
         if not right(value):
             raise DiffsteerError(f"{where}: {name}={value!r}; wanted {wanted}")
     try:
-        json.dumps(overrides, allow_nan=False, ensure_ascii=False).encode()
+        about = {str(k): _plain(v) for k, v in row.items() if k not in ("prompt", "id", *OVERRIDES)}
+        json.dumps([overrides, about], allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError) as error:  # an unpaired surrogate is a ValueError, too
         raise DiffsteerError(f"{where}: it cannot be kept as JSON, in Unicode ({error})") from error
-    about = {str(k): _plain(v) for k, v in row.items() if k not in ("prompt", "id", *OVERRIDES)}
     return Item(index, id, row["prompt"], overrides, about)

@@ -28,6 +28,7 @@ DETAILED, ON_SHEET = 64, 400  # prompts with a section of their own; on the cont
 LARGE, THUMB = 512, 128  # pixels a side, at most, of pictures on the page
 CELLS = 256  # small pictures of a family tree, at most
 NEEDED = ("id", "prompt", "image", "seed", "reward", "ledger")  # of a line
+TOLD = 300  # letters of a prompt on the sheet
 WHOLE = 2_000_000  # bytes up to which a clip or a sound is put in as it is
 STYLE, SCRIPT = (Path(__file__).parent / "page" / name for name in ("report.css", "report.js"))
 
@@ -45,10 +46,7 @@ class Run:
         self.by_id = {e["id"]: e for e in lines_of(self.path / MANIFEST, *NEEDED) if is_inside(self.path, e["image"])}
         self.entries = list(self.by_id.values())
         self.config = _config(self.path / ".hydra" / "config.yaml")
-
-    @property
-    def name(self) -> str:
-        return self.path.resolve().name
+        self.name = self.path.resolve().name  # longer where another one is called so, too
 
     def facts(self) -> list[tuple[str, str]]:
         """Of the whole run, for a table."""
@@ -74,6 +72,10 @@ def write_report(folders: Sequence[str | Path], target: Path | None = None) -> P
         DiffsteerError: a folder without results.
     """
     runs = [Run(folder) for folder in folders]
+    ways = [run.path.resolve().parts for run in runs]
+    far = next((n for n in range(1, max(map(len, ways))) if len({way[-n:] for way in ways}) == len(ways)), 1)
+    for run, way in zip(runs, ways, strict=True):
+        run.name = "/".join(way[-far:])
     for run in runs:
         if (run.path / COMPARISON).is_file():
             raise DiffsteerError(f"{run.path} is a comparison: give one or two of its folders, such as {_first_in(run.path)}")
@@ -132,7 +134,7 @@ def _tile(runs: Sequence[Run], id: Any, n: int) -> str:
     entries = [(run, run.by_id[id]) for run in runs if id in run.by_id]
     pictures = "".join(f'<img alt="" src="{_picture(run.path / e["image"], THUMB)}">' for run, e in entries)
     rewards = ", ".join(number(e["reward"]) for _, e in entries)
-    prompt = escape(str(entries[0][1]["prompt"]))
+    prompt = escape(shorten(str(entries[0][1]["prompt"]), TOLD))
     link = f' href="#p{n}"' if n < DETAILED else ""
     return f"<a{link}>{pictures}<span>{prompt}</span><small>{rewards}</small></a>"
 
@@ -218,9 +220,10 @@ def _cell(reward: float | None, weight: float, sprite: str, place: tuple[int, in
     )
     told = f"particle {c + 1}: reward {number(reward)}, weight {number(weight)}"
     mark = " line" if alive else ""
+    share = f"<small>{min(1.0, weight):.0%}</small>" if k > 1 else ""
     return (
         f'<figure class="cell{mark}" role="img" aria-label="{escape(told)}" title="{escape(told)}">{picture}'
-        f'<b style="width:{100 * min(1.0, weight):.3g}%"></b><figcaption>{number(reward)}</figcaption></figure>'
+        f'<b style="width:{100 * min(1.0, weight):.3g}%"></b><figcaption>{number(reward)}{share}</figcaption></figure>'
     )
 
 
@@ -246,7 +249,7 @@ def _media(path: Path, alt: str) -> str:
         source = f"data:image/gif;base64,{base64.b64encode(path.read_bytes()).decode()}"
     else:
         source = _picture(path, LARGE)
-    return f'<img class="large" alt="{escape(alt)}" src="{source}">'
+    return f'<img class="large" alt="{escape(shorten(alt, TOLD))}" src="{source}">'
 
 
 def _picture(path: Path, side: int) -> str:
@@ -264,6 +267,11 @@ def _data(picture: Any, format: str) -> str:
     file = io.BytesIO()
     picture.save(file, format=format, **({"quality": 85} if format == "JPEG" else {"optimize": True}))
     return f"data:image/{format.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def shorten(text: str, most: int) -> str:
+    """No more than so many letters."""
+    return text if len(text) <= most else text[: most - 1] + "\u2026"
 
 
 def _config(path: Path) -> dict[str, Any]:

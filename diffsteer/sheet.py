@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from diffsteer.media import read_clip
+from diffsteer.types import DiffsteerError
 
 
 def sheet(rows: Sequence[Sequence[Path]], captions: Sequence[str], target: Path) -> None:
@@ -36,11 +38,15 @@ def sheet(rows: Sequence[Sequence[Path]], captions: Sequence[str], target: Path)
 
 
 def first_frame(path: Path) -> Image.Image:
-    """Of a clip, or the picture itself, RGB."""
-    if path.suffix == ".mp4":
-        return read_clip(path)[0]
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
+    """Of a clip, or the picture itself, RGB; a gray one, with a warning, in the place of what is damaged."""
+    try:
+        if path.suffix == ".mp4":
+            return read_clip(path)[0]
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (OSError, SyntaxError, ValueError, DiffsteerError) as error:  # Pillow's errors of a broken PNG are SyntaxErrors
+        warnings.warn(f"{path} cannot be read ({error}): delete it, and the command that made it makes it again", stacklevel=2)
+        return Image.new("RGB", (64, 64), "lightgray")
 
 
 def _wrapped(text: str, width: float, length: Callable[[str], float], lines: int = 3) -> str:

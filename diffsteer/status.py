@@ -29,9 +29,11 @@ def status(folder: str | Path) -> tuple[list[str], bool]:
     entries = [e for e in lines_of(path / MANIFEST, "id", "image") if is_inside(path, e["image"])]
     done = {e["id"] for e in entries if prompts is None or _index(e["image"]) < prompts}  # lines of other prompts stay, too
     failed = {e["id"]: e for e in lines_of(path / ERRORS, "id", "prompt", "error") if e["id"] not in done}
-    prompts = len(done) + len(failed) if prompts is None else prompts
+    unknown, prompts = prompts is None, len(done) + len(failed) if prompts is None else prompts
     missing = max(0, prompts - len(done) - len(failed))
     parts = [f"{len(done)} of {prompts} prompts done"]
+    if unknown:
+        parts = [f"{len(done)} prompts done; {RUN} is lost, which says of how many"]
     parts += [f"{len(failed)} failed"] if failed else []
     parts += [f"{missing} to do"] if missing else []
     lines = [f"{folder}: {', '.join(parts)}"]
@@ -42,7 +44,7 @@ def status(folder: str | Path) -> tuple[list[str], bool]:
         lines.append(f"{rate:.3g} prompts a second, {outside:.0%} of the time outside the denoiser{left}")
     lines += [f"failed: {e['prompt']!r}: {e['error']}" for e in list(failed.values())[:SHOWN]]
     lines += [f"and {len(failed) - SHOWN} more in {ERRORS}"] if len(failed) > SHOWN else []
-    return lines, not missing and not failed
+    return lines, not missing and not failed and not unknown
 
 
 def _comparison(path: Path) -> tuple[list[str], bool]:

@@ -26,7 +26,8 @@ QUESTION = (
 )
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # statuses after which it is worth asking again
 OF_ONE = (400, 413, 415, 422)  # statuses that are about one picture or prompt
-_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)")
+_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+_THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
 MOST = 20_000  # answers that are remembered
 
 
@@ -36,7 +37,7 @@ class RemoteJudge(Reward):
 
     The key, where the endpoint wants one, is read from the environment and goes nowhere else. A picture that was asked about
     is not asked about again. Answers may come in any order; each stays with its picture. An answer without a number, or with
-    one out of range, is asked for again, and in the end is NaN, which loses. The temperature is 0; an endpoint may still answer
+    one out of range, is asked for again, and in the end is NaN, which loses. At temperature 0 an endpoint may still answer
     otherwise another time.
 
     Cost: a request a sample, `parallel` at a time.
@@ -45,7 +46,10 @@ class RemoteJudge(Reward):
         url: up to /v1, such as http://localhost:8000/v1. model: as the endpoint calls it.
         question: with ``{prompt}`` in it, ``{low}`` and ``{high}`` if wanted.
         low, high: the ends of the scale.
-        timeout: seconds that an answer may take. retries: further tries, with twice the pause before each.
+        timeout: seconds that an answer may take. retries: further tries, with twice the pause before each, or the one that the
+            endpoint asks for.
+        max_tokens: of an answer, which a model that thinks aloud wants many of; temperature: of the model. None leaves them to
+            an endpoint that refuses to be told.
         parallel: requests at a time.
         key: the name of the environment variable that holds the key.
 
@@ -61,6 +65,8 @@ class RemoteJudge(Reward):
     timeout: float = setting(60.0, low=0)
     retries: int = setting(3, low=0)
     parallel: int = setting(4, low=1)
+    max_tokens: int | None = 16
+    temperature: float | None = 0.0
     key: str = "OPENAI_API_KEY"
 
     name: ClassVar[str] = "remote_judge"
@@ -72,7 +78,11 @@ class RemoteJudge(Reward):
     weights: ClassVar[str | None] = "behind the endpoint"
 
     def __post_init__(self) -> None:
-        check_numbers("remote_judge: ", {"retries": self.retries, "parallel": self.parallel}, {"timeout": self.timeout})
+        check_numbers(
+            "remote_judge: ",
+            {"retries": self.retries, "parallel": self.parallel},
+            {"timeout": self.timeout, "temperature": self.temperature},
+        )
         if "{prompt}" not in self.question:
             raise DiffsteerError(f"remote_judge: question={self.question!r} has no {{prompt}} in it")
         if not self.low < self.high:
@@ -114,11 +124,12 @@ class RemoteJudge(Reward):
     def _answer(self, question: str, png: str) -> float:
         picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png}"}}
         turn = {"role": "user", "content": [{"type": "text", "text": question}, picture]}
-        body = {"model": self.model, "messages": [turn], "temperature": 0, "max_tokens": 16}
+        options = {"temperature": self.temperature, "max_tokens": self.max_tokens}
+        body = {"model": self.model, "messages": [turn], **{k: v for k, v in options.items() if v is not None}}
         said = ""
         for _ in range(self.retries + 1):
             said = self._post(body)
-            number = number_in(said)
+            number = number_in(said, self.high)
             if number is not None and self.low <= number <= self.high:
                 return number
         wanted = f"no number from {self.low:g} to {self.high:g}"
@@ -155,10 +166,14 @@ class RemoteJudge(Reward):
             raise DiffsteerError(f"remote_judge: {address} answered what is no completion: {got.text[:200]}") from error
 
 
-def number_in(answer: str) -> float | None:
-    """The number that an answer begins with, or the only one in it; of several nobody knows which is meant."""
-    numbers = _NUMBER.findall(answer)
-    begins = _NUMBER.match(answer.strip().lstrip("*\"'"))
+def number_in(answer: str, high: float = 10.0) -> float | None:
+    """The number that an answer begins with, or the only one in it, thoughts and an "out of 10" left away; of several nobody
+    knows which is meant."""
+    said = re.sub(rf"\s*(?:/|out of)\s*{high:g}\b", "", _THOUGHTS.sub("", answer))
+    if re.search(r"\d,\d", said):  # a half to some, thousands to others
+        return None
+    numbers = _NUMBER.findall(said)
+    begins = _NUMBER.match(said.strip().lstrip("*\"'"))
     return float(begins[0]) if begins else float(numbers[0]) if len(numbers) == 1 else None
 
 

@@ -3,7 +3,7 @@
     python scripts/train_noise.py scores --work DIR [--steps N]    N noises, and what CLIP says of their pictures (40 min)
     python scripts/train_noise.py predict --work DIR [--steps N]   a predictor of that from noise and caption
     python scripts/train_noise.py train --work DIR [--steps N]     the noise network, for the predicted reward (20 min)
-    python scripts/train_noise.py probe                            what one caption's own shift gains, and what the model's estimate does
+    python scripts/train_noise.py probe                            is there anything to learn? (15 min)
     python scripts/train_noise.py export --work DIR                into diffsteer/shapes/weights
     python scripts/train_noise.py show --work DIR                  its gain, and that of optimising each image
 

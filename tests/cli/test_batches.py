@@ -14,6 +14,7 @@ from diffsteer.batch import InARow
 from diffsteer.files import append
 from diffsteer.folder import Folder
 from diffsteer.prompts import read_items
+from diffsteer.status import status
 from diffsteer.types import DiffsteerError
 
 
@@ -141,7 +142,7 @@ def test_a_process_that_is_broken_leaves_the_rest_to_others(tmp_path: Path) -> N
     row = InARow()
     row.done()
     errors = [row.hopeless(RuntimeError("device-side assert"), 100) for _ in range(30)]
-    assert errors.index(True) == 24 and not InARow().hopeless(ValueError(), 100)
+    assert errors.index(True) == 26 and not InARow().hopeless(ValueError(), 100)  # 25, one from the middle, the last one
     mixed = InARow()
     assert not any(mixed.hopeless(kind("x"), 100) for kind in (ValueError, RuntimeError) * 20) and folder.missing
 
@@ -197,3 +198,38 @@ def test_what_is_left_at_the_end_is_left_by_the_last_process(tmp_path: Path) -> 
         assert not (tmp_path / "shards").exists()
     other.finish()
     assert (tmp_path / "shards").exists()
+
+
+def test_one_that_died_on_another_machine_keeps_nothing_from_being_left(tmp_path: Path) -> None:
+    """For two minutes nobody can know that it is gone."""
+    folder = Folder(tmp_path, [], "s", sinks=["webdataset"])
+    (tmp_path / ".leases" / "at-x.json").write_text(json.dumps(folder.leases.me | {"host": "node17", "pid": 5}))
+    folder.start()
+    folder.finish()
+    assert folder.leases.others() and (tmp_path / "run.json").exists() and (tmp_path / "shards").exists()
+
+
+def test_processes_that_start_together_all_say_what_the_run_is(tmp_path: Path) -> None:
+    one, other = (Folder(tmp_path, rows(3), "s") for _ in range(2))
+    with one.leases.renewing(), other.leases.renewing():
+        one.start()
+        assert json.loads((tmp_path / "run.json").read_text())["prompts"] == 3
+        other.start()
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/000.png").touch()
+    append(tmp_path / "manifest.jsonl", [{"id": 0, "prompt": "a star 0", "image": "images/000.png", "settings": "s"}])
+    assert status(tmp_path) == ([f"{tmp_path}: 1 of 3 prompts done, 2 to do"], False)
+    (tmp_path / "run.json").unlink()
+    assert not status(tmp_path)[1] and "run.json is lost" in status(tmp_path)[0][0]
+
+
+def test_what_another_process_could_not_do_is_not_tried_again_at_once(tmp_path: Path) -> None:
+    one, other = (Folder(tmp_path, rows(2), "s") for _ in range(2))
+    with one.leases.renewing(), other.leases.renewing():
+        one.start()
+        other.start()
+        items = one.claim(1)
+        assert items is not None
+        one.fail(items[0], ValueError("odd"))  # before anything is done
+        one.leases.release(items)
+        assert [i.index for i in other.claim(2) or []] == [1]

@@ -65,7 +65,12 @@ commands = st.sampled_from(
 )
 lines = st.tuples(commands, st.lists(arguments, max_size=5)).map(lambda t: [t[0], *t[1]])
 cells = st.one_of(
-    st.text(max_size=20), st.integers(), st.floats(), st.none(), st.booleans(), st.sampled_from(["a red star", "", " "])
+    st.text(max_size=20),
+    st.integers(),
+    st.floats(),
+    st.none(),
+    st.booleans(),
+    st.sampled_from(["a red star", "", " ", 10**400, json.loads("[" * 500 + "]" * 500)]),
 )
 objects = st.dictionaries(
     st.sampled_from(["prompt", "id", "seed", "reward", "width", "guidance_scale", "x"]), cells, max_size=4

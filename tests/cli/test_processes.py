@@ -17,7 +17,7 @@ import psutil
 import pytest
 from prompt_files import rows
 
-from diffsteer.leases import Leases
+from diffsteer.leases import Leases, _born
 
 # ---------------------------------------------------------------------------------------------- killed, and again
 
@@ -115,13 +115,12 @@ def test_leases_are_anybodys_once_their_holder_is_gone(tmp_path: Path, monkeypat
     lease = tmp_path / ".leases" / "0.json"
     dead, zombie = (subprocess.Popen([sys.executable, "-c", ""]) for _ in range(2))
     dead.wait()
-    born = psutil.Process(zombie.pid).create_time()
     while psutil.Process(zombie.pid).status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.01)
     elsewhere = one.me | {"host": "elsewhere", "pid": 1}  # nobody can tell: it runs out with time
     for holder, taken in (
         (one.me | {"pid": dead.pid}, False),
-        (one.me | {"pid": zombie.pid, "born": born}, False),  # whose parent has not asked after it
+        (one.me | {"pid": zombie.pid, "born": _born(zombie.pid)}, False),  # whose parent has not asked after it
         (one.me | {"born": 0.0}, False),  # another process has its number by now
         (elsewhere, True),
         ({"host": one.me["host"]}, False),
@@ -139,6 +138,18 @@ def test_leases_are_anybodys_once_their_holder_is_gone(tmp_path: Path, monkeypat
     assert Leases(tmp_path).claim(items[:1]) == items[:1]
     os.utime(lease, (time.time() - 1000, time.time() - 1000))
     assert Leases(tmp_path).claim(items[:1]) == []  # slow, and here, and alive
+
+
+def test_a_clock_that_is_put_right_takes_nothing_from_the_living(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, items = Leases(tmp_path), rows(2)
+    assert one.claim(items) == items
+    created = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: created(self) + 3)
+    assert Leases(tmp_path).claim(items) == []
+    for file in (tmp_path / ".leases").glob("*.json"):  # of another machine, whose files are dated by a clock that is ahead
+        file.write_text(json.dumps(one.me | {"host": "elsewhere"}))
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    assert Leases(tmp_path).claim(items) == []
 
 
 def test_leases_are_renewed_and_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,10 +199,22 @@ def test_two_processes_share_a_folder_and_one_of_them_is_killed(toy_folder: Path
 def test_launchers(launcher: str, toy_folder: Path, tmp_path: Path) -> None:
     """Two processes as `torchrun` and `accelerate launch` start them: each prompt once, the sinks written, one of them
     talks."""
+    (tmp_path / "ranks.py").write_text("from diffsteer.leases import _born, rank\nprint('/'.join(map(str, rank())))\n")
     how = {
         "torchrun": ["torch.distributed.run", "--nproc-per-node=2", "-m"],
-        "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_cpu_threads_per_process=1", "-m"],
+        "accelerate": [
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes=2",
+            "--num_machines=1",
+            "--mixed_precision=no",
+            "--dynamo_backend=no",
+            "--num_cpu_threads_per_process=1",
+            "-m",
+        ],
     }[launcher]
+    told = subprocess.run([sys.executable, "-m", *how[:-1], str(tmp_path / "ranks.py")], capture_output=True, text=True)
+    assert sorted(told.stdout.split()) == ["0/2", "1/2"], told.stderr
     command = [*asked(toy_folder, tmp_path, 6), "sinks=[webdataset]"]
     whole = subprocess.run(
         [sys.executable, "-m", "diffsteer", *command, f"out={tmp_path / 'whole'}"], capture_output=True, text=True

@@ -98,9 +98,29 @@ def test_where_nothing_works_the_rest_is_not_tried(generate: Any, tmp_path: Path
     monkeypatch.setattr(Compressibility, "score", score)
     result = generate("prompts=many.txt", "out=o")
     assert result.code == 1 and "raised ValueError" in result.err and result.err.count("\n") == 1
-    assert (
-        len({p for prompts in calls for p in prompts}) == 3 and len((tmp_path / "o/errors.jsonl").read_text().splitlines()) == 3
-    )
+    tried = list(dict.fromkeys(p for prompts in calls for p in prompts))
+    assert tried == [f"a star {i}" for i in (0, 1, 2, 11, 19)]  # three, one from the middle of what was left, the last one
+    assert len((tmp_path / "o/errors.jsonl").read_text().splitlines()) == 5
+    calls.clear()
+    assert generate("prompts=many.txt", "out=o").code == 1
+    assert list(dict.fromkeys(p for prompts in calls for p in prompts))[:3] == ["a star 3", "a star 4", "a star 5"]
+
+
+def test_a_few_wrong_prompts_in_a_row_stop_nobody(
+    generate: Any, manifest: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = Compressibility.score
+
+    def some(self: Any, samples: Any, prompts: Any, ctx: Any) -> Any:
+        if any("odd" in p for p in prompts):
+            raise ValueError("broken")
+        return score(self, samples, prompts, ctx)
+
+    (tmp_path / "many.txt").write_text("".join(f"an odd star {i}\n" for i in range(7)) + "a star\na ring\na cross\n")
+    monkeypatch.setattr(Compressibility, "score", some)
+    result = generate("prompts=many.txt", "out=o")
+    assert result.code == 1 and "7 of 10 prompts failed" in result.err
+    assert [e["prompt"] for e in manifest(tmp_path / "o")] == ["a star", "a ring", "a cross"]
 
 
 def test_a_full_disk_stops_the_run_and_loses_nothing(

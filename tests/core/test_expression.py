@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from diffsteer.config import build, named
-from diffsteer.expression import is_expression, reward_of, split
+from diffsteer.expression import is_expression, is_program, reward_of, split
 from diffsteer.registry import registered
 from diffsteer.reward import FunctionReward, Reward, ZScore, leaves, terms_of
 from diffsteer.rewards import Brightness, ClipScore, Program, Symmetry
@@ -85,6 +85,11 @@ WRONG = {
     "red $ green": "character 5 of .*'\\$' is not understood",
     "(" * 80 + "red" + ")" * 80: "nested more than 60 deep",
     "red + 'text'": "is out of place",
+    "1e999*red": "1e999 is no weight",
+    "1e308*10*red": "a weight in .* is no finite number",
+    "red/1e-320": "a weight in .* is no finite number",
+    "z(red, mean=0, std=1e999)": "std=inf is no number",
+    "red(power=" + "9" * 5000 + ")": "too large a number",
 }
 
 
@@ -166,6 +171,8 @@ def test_rewards_in_it_are_those_of_the_registry_checked_like_on_their_own() -> 
         ("my-reward", False),
         ("all_of(area(red) > area(blue), left_of(red, blue))", False),
         ("brightness() > 0.5", False),
+        ("less_than(brightness(), 0.2)", False),
+        ("all_of(greater_than(brightness(), 0.2), left_of(red, blue))", False),
         ("area(red) + brightness() < 0.5", False),
         ("clip + program(text='area(red) > 0.1')", True),
         ("choice(clip,aesthetic)", False),
@@ -175,7 +182,9 @@ def test_rewards_in_it_are_those_of_the_registry_checked_like_on_their_own() -> 
 )
 def test_what_a_person_means(text: str, is_one: bool) -> None:
     assert is_expression(text, registered("reward")) == is_one
-    assert named(text) == ({"name": "expression", "text": text} if is_one else {"name": text})
+    program = "area" in text and not is_one or "brightness" in text
+    kind = "expression" if is_one else "program" if program else None
+    assert is_program(text) == (kind == "program") and named(text) == ({"name": kind, "text": text} if kind else {"name": text})
 
 
 def test_lists_of_expressions_are_cut_where_they_mean_it() -> None:

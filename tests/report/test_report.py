@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -137,6 +138,22 @@ def test_two_runs_side_by_side(run: Path, other: Path) -> None:
     assert words.count("Search: ") == 2 and words.count("Family tree of 4 particles") == 3 and "samples scored" in words
     searched = json.loads((other / "manifest.jsonl").read_text().splitlines()[0])["search"]
     assert f"{searched['scored']} samples scored; {searched['stopped']}" in words and "Drafts and their finals" in words
+
+
+def test_runs_of_one_name_are_told_apart_and_what_is_damaged_or_endless_is_no_end(tmp_path: Path, run: Path) -> None:
+    folders = [tmp_path / name / "seed-0" for name in ("none-x1", "fk-x4")]
+    for folder in folders:
+        shutil.copytree(run, folder)
+    whole = (folders[1] / "manifest.jsonl").read_text().splitlines()
+    entry = json.loads(whole[0])
+    (folders[1] / entry["image"]).write_bytes((folders[1] / entry["image"]).read_bytes()[:60])
+    with pytest.warns(UserWarning, match=f"{entry['image']} cannot be read"):
+        told = Page(page_of(*folders))
+    assert "none-x1/seed-0" in told.text and "fk-x4/seed-0" in told.text and "seed-0" not in told.text
+    entry["prompt"] = "long " * 20_000
+    (folders[0] / "manifest.jsonl").write_text(json.dumps(entry) + "\n")
+    html = write_report([folders[0]]).read_text()
+    assert html.count("long " * 20_000) == 1 and html.count("long ") < 20_200  # whole as the heading of its section alone
 
 
 def test_a_folder_that_somebody_else_made_runs_nothing(tmp_path: Path, run: Path) -> None:

@@ -246,6 +246,20 @@ def test_a_judge_keeps_answers_with_their_pictures(images: Tensor) -> None:
     assert {s["model"] for s in seen} == {"some-model"} and all(s["temperature"] == 0 for s in seen)
 
 
+def test_an_endpoint_that_refuses_to_be_told_is_not_told(images: Tensor) -> None:
+    bodies: list[dict[str, Any]] = []
+
+    def answer(body: dict[str, Any], picture: Image.Image, question: str) -> tuple[int, str]:
+        bodies.append(body)
+        return 200, "5"
+
+    for options in ({}, {"max_tokens": None, "temperature": None}, {"max_tokens": 4000}):
+        with judge(answer, []) as url:
+            rewards.RemoteJudge(url, "m", **options).score(images[:1], ["a"], CTX)
+    told = [{k: body.get(k) for k in ("max_tokens", "temperature")} for body in bodies]
+    assert [t["max_tokens"] for t in told] == [16, None, 4000] and [t["temperature"] for t in told] == [0, None, 0]
+
+
 def replies(*said: tuple[int, str]) -> Any:
     left: Iterator[tuple[int, str]] = iter(said)
     return lambda body, picture, question: next(left)
@@ -268,6 +282,13 @@ def test_a_judge_asks_again(images: Tensor) -> None:
         ("From 0 to 10: 7", None),
         ("none", None),
         ("-1", -1),
+        ("Rating: 7/10", 7),
+        ("<think>It has 2 of 3 things.</think>\n7", 7),
+        ("7,5", None),
+        ("1,000", None),
+        ("1e1", 10),
+        ("8 out of 10", 8),
+        ("3/4 of it, so 7", 3),
     ],
 )
 def test_which_number_is_meant(answer: str, number: float | None) -> None:
