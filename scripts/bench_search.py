@@ -3,7 +3,6 @@
     python scripts/bench_search.py run --work DIR [--development] [--methods a,b] [--budgets 2,4] [--shard 0/2]   resumes
     python scripts/bench_search.py pack --work DIR                                         keeps DIR's records, too
     python scripts/bench_search.py table [--work DIR] [--development] [--plot FILE]        accuracy by budget, and the plot
-    python scripts/bench_search.py mixtures                                                regret on Gaussian mixtures
 
 The reward that searches is the miniature CLIP; the judge is the checker, and `clip2`, which never steers, the held-out reward.
 A budget is a multiple of the plain run's evaluations (30 steps with guidance: 60); what else a method costs is told beside. A
@@ -251,7 +250,7 @@ def show(work: Path | None, development: bool, plot: Path | None) -> None:
         mean, low, high = interval(right, clusters)
         base = table.get(("best of N", units), {})
         same = [i for i in ids if i in base]
-        gain = "" if method == "best of N" or not same else _signed(
+        gain = "" if method == "best of N" or not same else signed(
             interval(np.array([float(by_case[i]["right"][0]) - float(base[i]["right"][0]) for i in same]),
                      [by_case[i]["caption"] for i in same])
         )  # fmt: skip
@@ -266,7 +265,7 @@ def show(work: Path | None, development: bool, plot: Path | None) -> None:
         draw(points, plot)
 
 
-def _signed(values: tuple[float, float, float]) -> str:
+def signed(values: tuple[float, float, float]) -> str:
     return f"{values[0]:+.3f} ({values[1]:+.3f}, {values[2]:+.3f})"
 
 
@@ -294,60 +293,9 @@ def draw(points: dict[str, list[tuple[float, float, float, float, float]]], path
     figure.savefig(path, dpi=110)
 
 
-# ---------------------------------------------------------------------------------------------- Gaussian mixtures
-
-STEPS, DIMENSIONS, TRIES = 4, 4, 200
-
-
-def mixtures() -> None:
-    """Regret on products of two-humped mixtures with a reward whose optimum is known, at 16, 64 and 256 evaluations."""
-    from diffsteer.algebra import level
-    from diffsteer.callable import CallableModel
-    from diffsteer.toy import GaussianMixture
-
-    hump = GaussianMixture([-1.5, 1.5], [0.4, 0.4])
-
-    def fn(x: torch.Tensor, t: torch.Tensor, conditions: list[Any]) -> torch.Tensor:
-        at = level(1 - t.double(), t.double())
-        each = [hump.clean(x[:, d : d + 1], at) for d in range(DIMENSIONS)]
-        x0 = torch.cat(each, 1)
-        return ((x.double() - (1 - t.double())[:, None] * x0) / t.double()[:, None] - x0).to(x.dtype)
-
-    target = torch.tensor([1.7, -1.2, 1.3, -1.9])
-    reward = lambda x, prompts: -(x - target.to(x)).square().sum(1)  # noqa: E731  # its best value is 0
-    model = CallableModel(fn, "velocity", "flow", (DIMENSIONS,))
-    searches: dict[str, Any] = {
-        "best of N": RandomSearch(16),
-        "zero_order": ZeroOrder(),
-        "search_over_paths": SearchOverPaths(2, 4, first=0.5, back=1, ahead=2),
-        "evolutionary": Evolutionary((0.0, 0.5), (4, 4, 4)),
-        "beam": Beam(2, 2, events=(0.5,)),
-        "depth_first": DepthFirst((0.5,), back=1),
-        "rollover": Rollover(4, 2),
-        "successive_halving": SuccessiveHalving(4, events=(0.5,)),
-    }
-    found: dict[tuple[str, int], np.ndarray] = {}
-    for name, search in searches.items():
-        for evals in (16, 64, 256):
-            steered = SteeredPipeline(model, search, reward, budget=Budget(evals=evals), draft=False)
-            out = steered(["x"] * TRIES, num_inference_steps=STEPS, seed=0)
-            found[name, evals] = -out.rewards.max(1).values.numpy()
-    print("| search | " + " | ".join(f"regret at {e} (95 %), against best of N" for e in (16, 64, 256)) + " |")
-    print("|" + "---|" * 4)
-    for name in searches:
-        cells = []
-        for evals in (16, 64, 256):
-            mine, base = found[name, evals], found["best of N", evals]
-            who = [str(i) for i in range(TRIES)]
-            m, low, high = interval(mine, who)
-            against = "" if name == "best of N" else ", " + _signed(interval(mine - base, who))
-            cells.append(f"{m:.3f} ({low:.3f}, {high:.3f}){against}")
-        print(f"| {name} | " + " | ".join(cells) + " |")
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "pack", "table", "mixtures"])
+    parser.add_argument("command", choices=["run", "pack", "table"])
     parser.add_argument("--work", type=Path)
     parser.add_argument("--methods", default=",".join([*POOLS, *METHODS]))
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)))
@@ -355,9 +303,7 @@ if __name__ == "__main__":
     parser.add_argument("--development", action="store_true")
     parser.add_argument("--plot", type=Path)
     a = parser.parse_args()
-    if a.command == "mixtures":
-        mixtures()
-    elif a.command == "table":
+    if a.command == "table":
         show(a.work, a.development, a.plot)
     elif a.command == "pack":
         pack(a.work)

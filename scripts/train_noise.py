@@ -234,15 +234,15 @@ def stage_export(work: Path) -> None:
     print(NOISE.stat().st_size / 1e6, "MB")
 
 
-def stage_show(work: Path, iterations: int) -> None:
-    """Plain, one further evaluation, and optimisation of each image; same captions and noises."""
+def stage_show(work: Path, iterations: int, captions: int) -> None:
+    """Plain, one further evaluation (where there is a network), and optimisation of each image; same captions and noises."""
     pipe, reward, second = fast(), ClipScore(), second_reward()
-    cases = held_out(20, 7)
+    cases = held_out(captions, 7)
     texts, ids = [c["caption"] for c in cases], [c["id"] for c in cases]
     path = work / "noise.safetensors" if (work / "noise.safetensors").exists() else NOISE
     runs: dict[str, tuple[Any, Any]] = {
         "plain": (RandomSearch(1), None),
-        "noise network": (RandomSearch(1), noise_network_of(pipe, path)),
+        **({"noise network": (RandomSearch(1), noise_network_of(pipe, path))} if path.exists() else {}),
         f"ReNO, {iterations} iterations": (ReNO(iterations=iterations, rate=2.0), None),
     }
     found: dict[str, np.ndarray] = {}
@@ -280,6 +280,7 @@ if __name__ == "__main__":
     parser.add_argument("--work", type=Path, default=Path("outputs/noise"))
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--iterations", type=int, default=50)
+    parser.add_argument("--captions", type=int, default=20, help="a task")
     a = parser.parse_args()
     if a.command == "scores":
         stage_scores(a.work, a.steps)
@@ -292,4 +293,4 @@ if __name__ == "__main__":
     elif a.command == "export":
         stage_export(a.work)
     else:
-        stage_show(a.work, a.iterations)
+        stage_show(a.work, a.iterations, a.captions)
