@@ -18,7 +18,7 @@ from diffsteer import __version__
 from diffsteer.charts import curves, descent, number
 from diffsteer.files import replacing
 from diffsteer.folder import MANIFEST
-from diffsteer.sheet import first_frame
+from diffsteer.sheet import frame_or_blank
 from diffsteer.status import COMPARISON, is_inside, lines_of, status
 from diffsteer.traces import read_trace
 from diffsteer.types import DiffsteerError
@@ -256,7 +256,7 @@ def _picture(path: Path, side: int) -> str:
     """A picture, or the first frame of a clip, as a data URI no larger than it will be shown."""
     if path.suffix == ".wav":
         return "data:,"
-    picture = first_frame(path)
+    picture = frame_or_blank(path)
     small = max(picture.size) <= side
     if not small:
         picture.thumbnail((side, side))

@@ -14,7 +14,7 @@ from diffsteer.types import DiffsteerError
 
 def sheet(rows: Sequence[Sequence[Path]], captions: Sequence[str], target: Path) -> None:
     """One picture of many: images in rows with their captions above, wrapped after eight when there is a single row."""
-    images = [[first_frame(path) for path in row] for row in rows]
+    images = [[frame_or_blank(path) for path in row] for row in rows]
     if not images or not images[0]:
         return
     columns = min(len(images[0]), 8) if len(images) == 1 else len(images[0])
@@ -38,12 +38,17 @@ def sheet(rows: Sequence[Sequence[Path]], captions: Sequence[str], target: Path)
 
 
 def first_frame(path: Path) -> Image.Image:
-    """Of a clip, or the picture itself, RGB; a gray one, with a warning, in the place of what is damaged."""
+    """Of a clip, or the picture itself, RGB."""
+    if path.suffix == ".mp4":
+        return read_clip(path)[0]
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
+
+
+def frame_or_blank(path: Path) -> Image.Image:
+    """That; of what is damaged a gray one, and a warning."""
     try:
-        if path.suffix == ".mp4":
-            return read_clip(path)[0]
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
+        return first_frame(path)
     except (OSError, SyntaxError, ValueError, DiffsteerError) as error:  # Pillow's errors of a broken PNG are SyntaxErrors
         warnings.warn(f"{path} cannot be read ({error}): delete it, and the command that made it makes it again", stacklevel=2)
         return Image.new("RGB", (64, 64), "lightgray")
