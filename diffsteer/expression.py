@@ -45,14 +45,17 @@ def is_expression(text: str, names: Collection[str]) -> bool:
     bare = _bare(text)
     words = set(re.findall(r"[A-Za-z_]\w*", bare))
     operators = bool(re.search(r"[-+*/()]", bare)) and not re.search(r"[<>]|==", bare) and not is_program(text)
-    listed = text.lstrip().startswith(("[", "{")) or len(split(f"[{text}]")) > 1  # a list, or a sweep
-    return operators and not listed and bool(words & {*names, "z"}) and not SWEEP.match(text)
+    return operators and not _listed(text) and bool(words & {*names, "z"}) and not SWEEP.match(text)
 
 
 def is_program(text: str) -> bool:
     """Does a text look like a program of constraints (`diffsteer.rewards.program`)?"""
-    listed = text.lstrip().startswith(("[", "{")) or len(split(f"[{text}]")) > 1
-    return not listed and bool(_CONSTRAINTS.search(_bare(text)))
+    return not _listed(text) and bool(_CONSTRAINTS.search(_bare(text)))
+
+
+def _listed(text: str) -> bool:
+    """Is it a list, a mapping, or a sweep over several?"""
+    return text.lstrip().startswith(("[", "{")) or len(split(f"[{text}]")) > 1
 
 
 def _bare(text: str) -> str:

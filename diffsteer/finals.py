@@ -8,8 +8,8 @@ import torch
 
 from diffsteer.budget import Cost, Purse, Stopwatch
 from diffsteer.found import Found, gap_of
-from diffsteer.ground import Ground, Interrupted
-from diffsteer.playing import Run, found_of
+from diffsteer.ground import Ground
+from diffsteer.playing import Run, carried, found_of
 from diffsteer.trial import Outcome, Trial
 
 
@@ -54,17 +54,10 @@ class Finals:
                 again = Trial(draft.root, fresh=True, root=draft.root)
             asks.append(run.ask(again, self.render))
         self.clock.pending -= sum(self.render.price(t).work for _, _, t in asks)
-        whole = True
-        try:
-            done = dict(enumerate(self.render.carry(asks)))
-        except Interrupted as stop:
-            done, whole = stop.done, False
-        for i, (run, draft) in enumerate(chosen):
-            if i in done:
-                done[i].drafted = draft
-                run.finals.append(done[i])
-            else:
-                run.purse.pay(self.price, -1)
+        done, whole = carried(self.render, asks, [run.purse for run, _ in chosen])
+        for i, final in sorted(done.items()):
+            run, final.drafted = chosen[i]
+            run.finals.append(final)
         if not whole:
             raise KeyboardInterrupt
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from diffsteer.budget import Cost, Purse
 from diffsteer.diversity import best_diverse, diversity, features_of
 from diffsteer.found import Found, Gap
-from diffsteer.ground import Ask, Ground
+from diffsteer.ground import Ask, Ground, Interrupted
 from diffsteer.judging import ByDuel, positions
 from diffsteer.trial import SLOTS, Arena, Asking, Outcome, Search, Trial
 
@@ -140,6 +141,18 @@ class Run:
                 break
             asks.append(self.ask(trial))
         return asks
+
+
+def carried(ground: Ground, asks: Sequence[Ask], purses: Sequence[Purse]) -> tuple[dict[int, Outcome], bool]:
+    """What became of trials, by place, and is that all of them? Ctrl-C ends a round on its way; what was not done is given back
+    to the purses, one a trial."""
+    try:
+        return dict(enumerate(ground.carry(asks))), True
+    except Interrupted as stop:
+        for i, (_, _, trial) in enumerate(asks):
+            if i not in stop.done:
+                purses[i].pay(ground.price(trial), -1)
+        return stop.done, False
 
 
 def found_of(run: Run, gap: Gap | None = None) -> Found:

@@ -22,7 +22,7 @@ COLUMNS = ("prompt", "Prompt", "prompts", "Prompts", "caption", "text")  # of wh
 OVERRIDES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda v: type(v) is int and 0 <= v < 2**63, "a whole number in [0, 2^63)"),
     "negative_prompt": (lambda v: isinstance(v, str), "a text"),
-    "guidance_scale": (lambda v: type(v) in (int, float) and abs(v) < 1e6, "a number"),
+    "guidance_scale": (lambda v: type(v) in (int, float) and abs(v) < 1e6, "a number, less than a million"),
     "num_inference_steps": (lambda v: type(v) is int and v >= 1, "a whole number, at least 1"),
     "width": (lambda v: type(v) is int and v >= 1, "a whole number, at least 1"),
     "height": (lambda v: type(v) is int and v >= 1, "a whole number, at least 1"),

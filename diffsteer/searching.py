@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from diffsteer.budget import Budget, Cost, Purse, Stopwatch
 from diffsteer.finals import Finals, price_of_final, reserve, whole_chain
 from diffsteer.found import Found, Progress
-from diffsteer.ground import Ask, Ground, Interrupted
-from diffsteer.playing import Run, found_of
+from diffsteer.ground import Ask, Ground
+from diffsteer.playing import Run, carried, found_of
 from diffsteer.trial import Outcome, Search
 from diffsteer.types import DiffsteerError
 
@@ -84,18 +84,12 @@ def _first(runs: Sequence[Run], clock: Stopwatch) -> Sequence[Run]:
 
 
 def _carry(runs: Sequence[Run], asks: Sequence[Ask], ground: Ground, clock: Stopwatch) -> None:
-    began, whole = clock.now(), True
-    try:
-        done = dict(enumerate(ground.carry(asks)))
-    except Interrupted as stop:
-        done, whole = stop.done, False
+    began = clock.now()
+    done, whole = carried(ground, asks, [runs[prompt].purse for prompt, _, _ in asks])
     clock.note(sum(ground.price(trial).work for _, _, trial in asks), clock.now() - began)
     by_prompt: dict[int, list[Outcome]] = {}
-    for i, (prompt, _, trial) in enumerate(asks):
-        if i in done:
-            by_prompt.setdefault(prompt, []).append(done[i])
-        else:
-            runs[prompt].purse.pay(ground.price(trial), -1)
+    for i, outcome in sorted(done.items()):
+        by_prompt.setdefault(asks[i][0], []).append(outcome)
     for prompt, mine in by_prompt.items():
         runs[prompt].told(mine, clock.elapsed, whole)
     if not whole:

@@ -86,7 +86,6 @@ def staged(parts: Sequence[Search], shares: Sequence[float], arena: Arena) -> As
         arena.purse.until = reached if part is not parts[-1] else 1.0
         arena.starts = best
         stage = _ended(part.search(arena), arena)
-        told: list[Outcome] = []
         try:
             trials = next(stage)
             while True:

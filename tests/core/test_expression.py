@@ -16,6 +16,8 @@ from diffsteer.expression import is_expression, is_program, reward_of, split
 from diffsteer.registry import registered
 from diffsteer.reward import FunctionReward, Reward, ZScore, leaves, terms_of
 from diffsteer.rewards import Brightness, ClipScore, Program, Symmetry
+from diffsteer.rewards.measurements import MEASUREMENTS
+from diffsteer.rewards.program import BOUNDS, GROUPS, RELATIONS
 from diffsteer.types import Context, DiffsteerError
 
 NAMES = ("red", "green", "blue")
@@ -185,6 +187,11 @@ def test_what_a_person_means(text: str, is_one: bool) -> None:
     program = "area" in text and not is_one or "brightness" in text
     kind = "expression" if is_one else "program" if program else None
     assert is_program(text) == (kind == "program") and named(text) == ({"name": kind, "text": text} if kind else {"name": text})
+
+
+def test_every_word_of_programs_is_known_for_one() -> None:
+    assert all(is_program(f"{word}(") for word in (*GROUPS, *RELATIONS, *BOUNDS))
+    assert all(is_program(f"{name}() > 1") for name in MEASUREMENTS)
 
 
 def test_lists_of_expressions_are_cut_where_they_mean_it() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -71,6 +71,17 @@ class Taller(Duel):
         return (a[:, 0] > b[:, 0]).float()
 
 
+def listening(hear: Callable[[Any], None]) -> Any:
+    """A random search that tells of the place it begins in."""
+
+    class Listens(RandomSearch):
+        def search(self, arena: Any) -> Any:
+            hear(arena)
+            yield from super().search(arena)
+
+    return Listens
+
+
 # -------------------------------------------------------------------------------------------------- interrupted
 
 
@@ -110,11 +121,7 @@ def test_an_interrupt_keeps_what_a_function_said() -> None:
 
 def test_shares_are_of_what_the_finals_leave() -> None:
     begins: list[int] = []
-
-    class Listens(RandomSearch):
-        def search(self, arena: Any) -> Any:
-            begins.append(arena.purse.spent.evals)
-            yield from super().search(arena)
+    Listens = listening(lambda arena: begins.append(arena.purse.spent.evals))
 
     stages = Stages([Listens(2), Listens(2), Listens(2)])
     played(stages, ["a"], Budget(evals=240), draft=Draft(steps=4, finalists=10))
@@ -124,11 +131,7 @@ def test_shares_are_of_what_the_finals_leave() -> None:
 @pytest.mark.parametrize("evals", [60, 72, 84])
 def test_a_stage_that_ends_on_the_way_brings_its_best_state_to_the_end(evals: int) -> None:
     handed: list[int] = []
-
-    class Listens(RandomSearch):
-        def search(self, arena: Any) -> Any:
-            handed.append(len(arena.starts))
-            yield from super().search(arena)
+    Listens = listening(lambda arena: handed.append(len(arena.starts)))
 
     out = played(Stages([SearchOverPaths(2, 2, back=2, ahead=4), Listens(2)]), ["a"], Budget(evals=evals))
     assert handed == [1] and out.trace.searches[0].spent.evals <= evals
@@ -136,11 +139,7 @@ def test_a_stage_that_ends_on_the_way_brings_its_best_state_to_the_end(evals: in
 
 def test_particles_that_a_share_ends_are_handed_on_too() -> None:
     handed: list[int] = []
-
-    class Listens(RandomSearch):
-        def search(self, arena: Any) -> Any:
-            handed.append(len(arena.starts))
-            yield from super().search(arena)
+    Listens = listening(lambda arena: handed.append(len(arena.starts)))
 
     played(Stages([FeynmanKac(4, events=(0.3, 0.6)), Listens(2)]), ["a"], Budget(evals=8 * STEPS - 4 * 4))
     assert handed and handed[0] >= 1
