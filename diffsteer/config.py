@@ -305,9 +305,7 @@ def settings(config: DictConfig, **more: Any) -> tuple[dict[str, Any], str]:
     assert isinstance(values, dict)
     left_out = _WITHOUT_EFFECT if config.deterministic else (*_WITHOUT_EFFECT, "chunk")
     with_files = {key: values[key] for key in _WITH_FILES if config.get(key) is not None}
-    texts = re.findall(r"""'([^']*)'|"([^"]*)\"""", str(config.reward.get("text") or "")) if config.get("reward") else []
-    quoted = [a or b for a, b in texts]  # in an expression
-    files = fingerprints(with_files | {"in reward": quoted} if quoted else with_files, Path(config.out))
+    files = fingerprints(with_files, Path(config.out))
     kept = {str(k): v for k, v in values.items() if k not in left_out} | {"version": __version__, "files": files} | more
     return kept, hashlib.sha256(json.dumps(kept, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 

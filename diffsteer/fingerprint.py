@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,17 +36,19 @@ def fingerprint(path: Path) -> str:
 
 
 def fingerprints(settings: dict[str, Any], out: Path) -> dict[str, str]:
-    """Of every value of nested settings that names a file or folder that is there, plainly or after a ``scheme:``.
+    """Of every value of nested settings that names a file or folder that is there, plainly, after a ``scheme:``, or quoted
+    within an expression.
 
     Args:
         out: the folder of results, which a setting may happen to share its name with.
     """
     found = {}
     for key, value in _leaves("", settings):
-        for name in (value, value.partition(":")[2]):
-            if name and exists(name) and not out.resolve().is_relative_to(Path(name).resolve()):
-                found[key] = fingerprint(Path(name))
-                break
+        named = [(key, value), (key, value.partition(":")[2])]
+        named += [(f"{key} {quoted}", quoted) for _, quoted in re.findall(r"""(['"])(.*?)\1""", value)]
+        for place, name in named:
+            if name and place not in found and exists(name) and not out.resolve().is_relative_to(Path(name).resolve()):
+                found[place] = fingerprint(Path(name))
     return found
 
 

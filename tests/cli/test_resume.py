@@ -224,6 +224,9 @@ def test_fingerprints_see_names_sizes_and_contents_of_large_files_too(tmp_path: 
     assert fingerprint(tmp_path) in seen and len(seen) == 6
     named = {"a": {"b": f"local-dir:{tmp_path}", "c": "nowhere", "d": None}, "e": "x" * 5000, "f": "a\0b"}
     assert fingerprints(named, Path("o")) == {"a.b": fingerprint(tmp_path)}
+    other = tmp_path / "other"
+    within = {"holdout": [f"clip(weights='{other}') + 0.3*z(clip(weights=\"{other}\"))", "it's 'nowhere'"]}
+    assert fingerprints(within, Path("o")) == {f"holdout.0 {other}": fingerprint(other)}
     assert fingerprints(named, tmp_path / "o") == {}, "a folder of results lies in it, and changes"
 
 
