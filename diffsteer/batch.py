@@ -25,29 +25,32 @@ SOON, LATER = 0.1, 2.0  # seconds between looks at what others have
 
 
 class InARow:
-    """Failures of this process since it did something, all of one kind: a broken one would fail whatever is left. A few wrong
+    """Failures of this process one after another, all of one kind: a broken one would fail whatever is left. A few wrong
     prompts that follow each other are told from that by trying others."""
 
     def __init__(self) -> None:
-        self.kinds: list[str] = []
+        self.kind, self.count = "", 0
         self.worked = False
 
     def done(self) -> None:
-        self.worked, self.kinds = True, []
+        self.worked, self.count = True, 0
 
-    def hopeless(self, error: Exception, prompts: int) -> bool:
-        """Is it so, after one more?"""
-        self.kinds.append(type(error).__name__)
-        return self._alike and len(self.kinds) >= min(self._most + len(ELSEWHERE), prompts)
+    def failed(self, error: Exception) -> None:
+        """One more."""
+        kind = type(error).__name__
+        self.kind, self.count = kind, self.count + 1 if kind == self.kind else 1
+
+    def hopeless(self, prompts: int) -> bool:
+        """Is it so?"""
+        return self.count >= min(self._most + len(ELSEWHERE), prompts)
+
+    def suspicious(self) -> bool:
+        """Is it time to try others?"""
+        return self.count >= self._most
 
     def at(self) -> float:
         """Where among what is left the next prompt is to be taken from."""
-        tried = len(self.kinds) - self._most
-        return ELSEWHERE[min(tried, len(ELSEWHERE) - 1)] if self._alike and tried >= 0 else 0.0
-
-    @property
-    def _alike(self) -> bool:
-        return len(set(self.kinds)) == 1
+        return ELSEWHERE[min(self.count - self._most, len(ELSEWHERE) - 1)] if self.suspicious() else 0.0
 
     @property
     def _most(self) -> int:
@@ -98,7 +101,7 @@ class Maker:
             batch = (items, rest if made is None else lambda: made)
             try:
                 self.settle()
-            except KeyboardInterrupt:
+            except BaseException:
                 self._send(*batch)  # it was made: it is not thrown away
                 self._stop()
                 raise
@@ -135,12 +138,13 @@ class Maker:
             raise KeyboardInterrupt
 
     def _failed(self, items: list[Item], error: Exception) -> None:
-        """Of a batch that failed each item is tried alone; those that fail again are noted.
+        """Of a batch that failed each item is tried alone, and those that fail again are noted; the rest of it is given back
+        where others are to be tried first.
 
         Raises:
             Exception: what they fail with, where nothing works in this process (any more).
         """
-        for item in items:
+        for number, item in enumerate(items, 1):
             mine: Exception | None = error
             if len(items) > 1 and not _of_all(error):
                 try:
@@ -154,8 +158,12 @@ class Maker:
             if _of_all(mine):
                 raise self._ended(mine)  # no other prompt would fare better
             self.folder.fail(item, mine)
-            if self.row.hopeless(mine, len(self.folder.items)):
+            self.row.failed(mine)
+            if self.row.hopeless(len(self.folder.items)):
                 raise mine
+            if self.row.suspicious():
+                self.folder.leases.release(items[number:])
+                return self._over(items[:number])
         self._over(items)
 
     def _ended(self, error: Exception) -> Exception:

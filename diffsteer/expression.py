@@ -21,7 +21,8 @@ _TOKEN = re.compile(r"""\s*(?:((?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)|([A-Za-z_]\
 _WORDS = {"true": True, "false": False, "null": None, "none": None}
 _CONSTRAINTS = re.compile(
     r"\b(?:all_of|any_of|weighted|less_than|greater_than|equal|left_of|right_of|above|below)\s*\("
-    r"|\)\s*(?:[<>]=?|==)|(?:[<>]=?|==)[^<>=]*\("
+    r"|\(.*(?:[<>]|==)|(?:[<>]|==).*\(",
+    re.DOTALL,
 )
 SWEEP = re.compile(r"\s*(choice|range|interval|glob|sort|shuffle|tag)\(")  # functions of Hydra's sweeps
 MOST = 60  # how deep an expression may be nested

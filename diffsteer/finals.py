@@ -99,6 +99,8 @@ class Finals:
             before, made = run.judge, run.scored
             run.judge = self.render.judge(run.prompt, run.purse)
             run.pool(run.finals)
+            if run.judge.interrupted:
+                run.stopped = "interrupted"
             gap = gap_of(drafts, run.finals, before, run.judge, together=run.ground.alike(self.render))
             run.scored = made + len(run.finals)
             run.history.append((run.purse.spent.evals, self.clock.elapsed, run.finished[0].reward))

@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,18 +111,17 @@ class Folder:
         if item is None and name in self._names:
             raise DiffsteerError(f"{manifest} has {entry['image']} for the id {entry['id']!r}; choose another out=")
         images = [entry["image"], *(p["image"] for p in entry.get("particles", []))]
-        stopped = entry.get("search", {}).get("stopped") == "interrupted"  # before its budget was spent: it is done again
-        if not stopped and all((self.path / image).is_file() for image in images):
+        if not was_interrupted(entry) and all((self.path / image).is_file() for image in images):
             self.entries[entry["id"]] = entry
             self.failed.pop(entry["id"], None)
             self._left.pop(entry["id"], None)
 
     def start(self) -> None:
-        """A run begins: what failed before is tried again, after all else, unless others may be at work on it."""
+        """A run begins: what failed before is tried again, after all else, unless others are at work on it here."""
         self._marked = time.perf_counter()
         with self.leases.lock:
             self._about()
-            if self.missing and not self.leases.others():
+            if self.missing and not self.leases.others(here=True):
                 self._left |= {id: self._prompts[id] for id in self.failed if id in self._prompts}
                 self.failed.clear()
                 (self.path / ERRORS).unlink(missing_ok=True)
@@ -221,7 +220,8 @@ class Folder:
         skipped = {"skipped": ledger.skipped} if ledger.skipped else {}
         since, self._marked = self._marked, time.perf_counter()
         wall = {"wall": self._marked - since} if since is not None else {}
-        timing = {"ids": [i.id for i in items], "seconds": ledger.seconds, **wall, **rest, **skipped}
+        clocks = {"searches": [found.clock for found in out.trace.searches]} if out.trace.searches else {}
+        timing = {"ids": [i.id for i in items], "seconds": ledger.seconds, **wall, **rest, **skipped, **clocks}
         self.timings.append(timing)
         with self.leases.lock:
             append(self.path / MANIFEST, lines)
@@ -250,6 +250,11 @@ class Folder:
             _drift([self.entries[id] for id in asked])
         shown = [e for e in (self.entries[id] for id in asked[:SHOWN]) if not e["image"].endswith(".wav")]
         sheet([[self.path / e["image"] for e in shown]], [e["prompt"] for e in shown], self.path / GRID)
+
+
+def was_interrupted(entry: Mapping[str, Any]) -> bool:
+    """Is it of a search that Ctrl-C ended before its budget was spent? It is done again."""
+    return bool(entry.get("search", {}).get("stopped") == "interrupted")
 
 
 def paced(timings: Sequence[dict[str, Any]]) -> tuple[float, float] | None:

@@ -115,11 +115,12 @@ def _of_search(
     experts, begun = len(steered.experts), getattr(steered.start, "evaluations", 0)
     further = 0 if toy else int(facts.get("further", 0)) * experts
     tiny = decoded and steered.decoder.startswith("tiny")
-    duel = isinstance(steered.reward, Duel)
-    costs = Costs((1 + guided) * experts, further, begun, decoded, duel, tiny)
+    costs = Costs((1 + guided) * experts, further, begun, decoded, isinstance(steered.reward, Duel), tiny)
     drafts = None
+    if draft is not None and draft.reward is not None:
+        drafts = (steps, replace(costs, compared=isinstance(draft.reward, Duel)))
     if draft is not None and draft.decoder is not None:
-        drafts = (steps, replace(costs, tiny=True, tiny_finals=True))
+        drafts = (steps, replace(costs if drafts is None else drafts[1], tiny=True, tiny_finals=True))
     if draft is not None and draft.shorter:
         model, length = draft.model, draft.length(None if draft.model is not None else steps)
         each = costs if drafts is None else drafts[1]

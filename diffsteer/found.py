@@ -80,13 +80,18 @@ class Found:
     gap: Gap | None = None
     stopped: str = "done"
 
+    @property
+    def clock(self) -> list[list[float]]:
+        """When the points of the history were reached: (evaluations, seconds) each."""
+        return [[e, round(s, 3)] for e, s, _ in self.history]
+
     def facts(self) -> dict[str, Any]:
-        """What a record keeps of it, as JSON takes it."""
+        """What a record keeps of it, as JSON takes it: the same for the same search, so that `clock` is no part of it."""
         told: dict[str, Any] = {
             "stopped": self.stopped,
             "scored": self.scored,
             "spent": self.spent._asdict(),
-            "history": [[e, round(s, 3), r if math.isfinite(r) else None] for e, s, r in self.history],
+            "history": [[e, r if math.isfinite(r) else None] for e, _, r in self.history],
             "prior": [asdict(d) for d in self.diagnoses],
             "diversity": self.diversity._asdict(),
             "pool_diversity": self.pool_diversity._asdict(),

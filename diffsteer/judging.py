@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -19,7 +20,13 @@ if TYPE_CHECKING:
 
 
 class Judge(Protocol):
-    """Orders outcomes."""
+    """Orders outcomes.
+
+    Attributes:
+        interrupted: Ctrl-C came while it compared; it went on with what it knew.
+    """
+
+    interrupted: bool
 
     def order(self, outcomes: Sequence[Outcome]) -> list[int]:
         """Positions, the best first; ties in the order given."""
@@ -39,6 +46,8 @@ def positions(values: Tensor) -> list[int]:
 class ByReward:
     """A reward that is a number by itself."""
 
+    interrupted = False
+
     def values(self, outcomes: Sequence[Outcome]) -> Tensor:
         return torch.tensor([o.reward for o in outcomes], dtype=torch.float64)
 
@@ -48,6 +57,8 @@ class ByReward:
 
 class ByRank:
     """The weighted mean rank within whatever is compared: of incumbents and newcomers together, never across pools."""
+
+    interrupted = False
 
     def __init__(self, weights: Sequence[float]) -> None:
         self.weights = list(weights)
@@ -84,7 +95,7 @@ def mean_rank(scores: Tensor, weights: Sequence[float]) -> Tensor:
     return (ranks(scores) * w).sum(1) / w.sum()
 
 
-def _is_share(value: Any) -> bool:
+def is_share(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < math.inf
 
 
@@ -122,7 +133,7 @@ class RankEnsemble(Reward):
         self.shares = [1.0] * len(self.rewards) if self.shares is None else list(self.shares)
         if len(self.rewards) < 2:
             raise DiffsteerError("rank_ensemble: it wants two rewards or more, such as rewards=[clip, aesthetic]")
-        if len(self.shares) != len(self.rewards) or not all(_is_share(w) for w in self.shares):
+        if len(self.shares) != len(self.rewards) or not all(is_share(w) for w in self.shares):
             raise DiffsteerError(f"rank_ensemble: shares={self.shares}; wanted {len(self.rewards)} positive numbers")
         if len({r.input for r in self.rewards}) > 1:
             raise DiffsteerError("rank_ensemble: rewards on pixels and on latents see different samples")
@@ -216,9 +227,13 @@ def elo(count: int, pairs: Sequence[tuple[int, int]], won: Tensor, k: float = 32
     return ratings - ratings.mean()
 
 
+PAIR = Cost(reward_calls=2)  # what it costs that two meet: once in each order
+
+
 class ByDuel:
     """A tournament among whatever is compared; results are remembered, so that nobody meets twice, and paid for: two
-    comparisons a pair. When the purse is empty, who has not met yet counts as equal.
+    comparisons a pair. When the purse is empty, or after Ctrl-C, pairs that have not met count for nothing, and who has met
+    nobody of those that are compared is as good as the last of them.
 
     Args:
         play: from outcomes, and positions of pairs among them, to results (pairs,) of the first.
@@ -227,23 +242,39 @@ class ByDuel:
     def __init__(self, play: Any, purse: Purse | None = None) -> None:
         self.play, self.purse = play, purse
         self._results: dict[tuple[int, int], float] = {}
+        self.interrupted = False
 
     def values(self, outcomes: Sequence[Outcome]) -> Tensor:
         pairs = [(i, j) for i in range(len(outcomes)) for j in range(i + 1, len(outcomes))]
         keys = {pair: (outcomes[pair[0]].slot, outcomes[pair[1]].slot) for pair in pairs}
-        new = [pair for pair in pairs if keys[pair] not in self._results]
+        new = [] if self.interrupted else [pair for pair in pairs if keys[pair] not in self._results]
         if self.purse is not None:
-            cost = Cost(0, 0, 2)
-            new = new[: self.purse.affords(cost, late=True)]
-            self.purse.pay(cost, len(new))
+            new = new[: self.purse.affords(PAIR, late=True)]
+            self.purse.pay(PAIR, len(new))
         if new:
-            for pair, result in zip(new, self.play(outcomes, new).tolist(), strict=True):
+            met = self._met(outcomes, new)
+            for pair, result in zip(new[: len(met)], met, strict=True):
                 self._results[keys[pair]] = result
                 self._results[keys[pair][::-1]] = 1 - result
         known = [pair for pair in pairs if keys[pair] in self._results]
         if not known:
             return torch.zeros(len(outcomes), dtype=torch.float64)
-        return elo(len(outcomes), known, torch.tensor([self._results[keys[pair]] for pair in known]))
+        ratings = elo(len(outcomes), known, torch.tensor([self._results[keys[pair]] for pair in known]))
+        known_ones = sorted({i for pair in known for i in pair})
+        others = [i for i in range(len(outcomes)) if i not in known_ones]
+        ratings[others] = ratings[known_ones].min()
+        return ratings
+
+    def _met(self, outcomes: Sequence[Outcome], pairs: list[tuple[int, int]]) -> list[float]:
+        """Results of pairs; none after Ctrl-C, which costs none."""
+        try:
+            found: list[float] = self.play(outcomes, pairs).tolist()
+            return found
+        except KeyboardInterrupt:
+            self.interrupted = True
+            if self.purse is not None:
+                self.purse.pay(PAIR, -len(pairs))
+            return []
 
     def order(self, outcomes: Sequence[Outcome]) -> list[int]:
         return positions(self.values(outcomes))
@@ -266,9 +297,10 @@ class UnorderedReward(Reward):
         """
         found: dict[int, float] = {}
         for row, value in self.answers(samples, prompts, ctx):
-            if row in found or not isinstance(row, int) or not 0 <= row < len(samples):
-                raise RewardError(f"{self.name}: row {row!r} was answered {'twice' if row in found else 'and is none'}")
-            found[row] = float(value)
+            number = operator.index(row) if hasattr(row, "__index__") else -1
+            if number in found or not 0 <= number < len(samples):
+                raise RewardError(f"{self.name}: row {row!r} was answered {'twice' if number in found else 'and is none'}")
+            found[number] = float(value)
         lost = [i for i in range(len(samples)) if i not in found]
         if lost:
             raise RewardError(f"{self.name}: no answer for row {lost[0]}")

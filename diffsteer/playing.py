@@ -11,7 +11,7 @@ from diffsteer.budget import Cost, Purse
 from diffsteer.diversity import best_diverse, diversity, features_of
 from diffsteer.found import Found, Gap
 from diffsteer.ground import Ask, Ground, Interrupted
-from diffsteer.judging import ByDuel, positions
+from diffsteer.judging import PAIR, ByDuel, positions
 from diffsteer.trial import SLOTS, Arena, Asking, Outcome, Search, Trial
 
 POOL, POOL_OF_DUELS = 12, 6  # finished samples that are kept whole while searching, at least
@@ -84,6 +84,8 @@ class Run:
         if clock.limit is not None and self.trials:  # the time is everybody's
             most = min(most, max(1, self.purse.affords(self.ground.price(self.trials[0])) // clock.prompts))
         asks: list[Ask] = []
+        if isinstance(self.judge, ByDuel) and self.finished and self.purse.affords(PAIR, late=True) < 1:
+            most = 0  # nobody could tell how good another one is
         for trial in self.trials[:most]:
             if self.purse.affords(self.ground.price(trial), self.end_of(trial)) < 1:
                 break
@@ -155,12 +157,22 @@ def carried(ground: Ground, asks: Sequence[Ask], purses: Sequence[Purse]) -> tup
         return stop.done, False
 
 
+def _same(a: Outcome, b: Outcome, eta: float) -> bool:
+    """Are they one sample? Of one noise and nothing else, too, where rounding told them apart."""
+    if torch.equal(a.x, b.x):
+        return True
+    plain = all(
+        o.trial.fresh and o.trial.injected is None and (eta if o.trial.eta is None else o.trial.eta) == 0 for o in (a, b)
+    )
+    return plain and torch.equal(a.trial.x, b.trial.x)
+
+
 def found_of(run: Run, gap: Gap | None = None) -> Found:
     """The best and the different ones of what is finished."""
     whole = [(o, v) for o, v in zip(run.finished, run.values, strict=True) if o.sample is not None][: run.whole]
     pool: list[tuple[Outcome, float]] = []
     for outcome, value in whole:  # a noise that was begun with twice makes one sample
-        if not any(v == value and torch.equal(o.x, outcome.x) for o, v in pool):
+        if not any(_same(o, outcome, run.ground.eta) for o, _ in pool):
             pool.append((outcome, value))
     samples = [o.sample for o, _ in pool if o.sample is not None]
     features, values = features_of(torch.stack(samples)), torch.tensor([v for _, v in pool], dtype=torch.float64)

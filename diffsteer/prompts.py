@@ -28,7 +28,7 @@ OVERRIDES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "height": (lambda v: type(v) is int and v >= 1, "a whole number, at least 1"),
     "reward": (lambda v: isinstance(v, dict) and all(isinstance(k, str) for k in v), "a mapping of arguments"),
 }
-WHOLE = ("seed", "num_inference_steps", "width", "height")
+WHOLE = ("id", "seed", "num_inference_steps", "width", "height")
 TEXTS = (".txt", ".caption", ".prompt")  # members of a tar that hold nothing but a prompt
 
 
@@ -103,7 +103,7 @@ def _rows(path: Path) -> Iterable[Row]:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return _parquet(path)
-    if suffix in (".tar", ".tgz") or ".tar." in path.name.lower():
+    if suffix in (".tar", ".tgz") or (suffix in (".gz", ".bz2", ".xz") and path.stem.lower().endswith(".tar")):
         return _tar(path)
     text = _text(path)
     if suffix in (".csv", ".tsv"):
@@ -253,6 +253,9 @@ def _tar(path: Path) -> Iterator[Row]:
             archive.fileobj.seek(archive.offset)
             if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("it is cut off")
+            while rest := archive.fileobj.read(2**20):
+                if any(rest):
+                    raise tarfile.ReadError("something follows its end, maybe another one: join them with tar --concatenate")
     except OSError as error:
         raise DiffsteerError(_unreadable(path, error)) from error
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
@@ -300,7 +303,7 @@ def _item(index: int, row: Any, where: str) -> Item:
     row = {"prompt": row} if isinstance(row, str) and not where.rpartition(", ")[2].startswith("entry") else row
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise DiffsteerError(f'{where}: wanted an object with a text "prompt", such as {{"prompt": "a red star"}}')
-    id = index if row.get("id") is None else row["id"]
+    id = index if row.get("id") is None else _whole("id", row["id"])
     if isinstance(id, bool) or not isinstance(id, int | str):
         raise DiffsteerError(f"{where}: the id {id!r} is neither a text nor a whole number")
     overrides = {name: _whole(name, row[name]) for name in OVERRIDES if row.get(name) is not None}

@@ -228,7 +228,7 @@ def _cell(reward: float | None, weight: float, sprite: str, place: tuple[int, in
 
 
 def _history(search: dict[str, Any]) -> str:
-    told = [(float(e), r) for e, _, r in search.get("history", [])]
+    told = [(float(point[0]), point[-1]) for point in search.get("history", [])]
     drawn = curves("Best reward so far", "evaluations", [("best", told)]) if len(told) > 1 else ""
     gap = search.get("gap")
     finals = (

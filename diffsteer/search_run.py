@@ -223,7 +223,7 @@ def forecast_search(
     full = DryGround(steps, levels, costs)
     ground, render = full, None
     if draft is not None:
-        ground = full if drafts is None else DryGround(drafts[0], [], drafts[1])
+        ground = full if drafts is None else DryGround(drafts[0], levels if drafts[0] == steps else [], drafts[1])
         render = full
     if budget is not None and not limits:  # seconds alone: one pass
         limits = Budget()

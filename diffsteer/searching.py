@@ -33,7 +33,7 @@ def explore(
 
     Raises:
         DiffsteerError: a budget that does not pay for a single sample, or that limits nothing that the search spends.
-        KeyboardInterrupt: before there was any sample.
+        KeyboardInterrupt: before every prompt had a sample.
     """
     budget = budget or Budget()
     clock = stopwatch or Stopwatch(budget.seconds)
@@ -92,13 +92,13 @@ def _carry(runs: Sequence[Run], asks: Sequence[Ask], ground: Ground, clock: Stop
         by_prompt.setdefault(asks[i][0], []).append(outcome)
     for prompt, mine in by_prompt.items():
         runs[prompt].told(mine, clock.elapsed, whole)
-    if not whole:
+    if not whole or any(run.judge.interrupted for run in runs):
         raise KeyboardInterrupt
 
 
 def _interrupt(runs: Sequence[Run]) -> None:
     for run in runs:
-        if run.trials is not None or not run.finished:
+        if run.trials is not None or not run.finished or run.judge.interrupted:
             run.stop("interrupted")
 
 

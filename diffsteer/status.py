@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from diffsteer.folder import ERRORS, MANIFEST, RUN, TIMINGS, paced
+from diffsteer.folder import ERRORS, MANIFEST, RUN, TIMINGS, paced, was_interrupted
 from diffsteer.types import DiffsteerError
 
 COMPARISON = "evaluate.json"  # of a folder of `diffsteer evaluate`
@@ -26,7 +26,7 @@ def status(folder: str | Path) -> tuple[list[str], bool]:
     if not (path / RUN).is_file() and not (path / MANIFEST).is_file():
         raise DiffsteerError(f"{folder} is no folder of results: it has neither {RUN} nor {MANIFEST}")
     prompts = _prompts(path / RUN)
-    entries = [e for e in lines_of(path / MANIFEST, "id", "image") if is_inside(path, e["image"])]
+    entries = [e for e in lines_of(path / MANIFEST, "id", "image") if is_inside(path, e["image"]) and not was_interrupted(e)]
     done = {e["id"] for e in entries if prompts is None or _index(e["image"]) < prompts}  # lines of other prompts stay, too
     failed = {e["id"]: e for e in lines_of(path / ERRORS, "id", "prompt", "error") if e["id"] not in done}
     unknown, prompts = prompts is None, len(done) + len(failed) if prompts is None else prompts
@@ -56,7 +56,8 @@ def _comparison(path: Path) -> tuple[list[str], bool]:
         if not (path / name / RUN).is_file():
             continue
         there = lines_of(path / name / MANIFEST, "id", "image")
-        done = {json.dumps(e["id"]) for e in there if is_inside(path / name, e["image"])} & asked
+        made = (e for e in there if is_inside(path / name, e["image"]) and not was_interrupted(e))
+        done = {json.dumps(e["id"]) for e in made} & asked
         finished += len(done)
         if len(done) < len(asked):
             lines.append(f"{name}: {len(done)} of {len(asked)}")

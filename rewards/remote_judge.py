@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import math
 import os
 import re
 import warnings
@@ -27,7 +28,7 @@ QUESTION = (
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # statuses after which it is worth asking again
 OF_ONE = (400, 413, 415, 422)  # statuses that are about one picture or prompt
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
-_THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
+_THOUGHTS = re.compile(r".*</think>", re.DOTALL)  # some templates swallow where they begin
 MOST = 20_000  # answers that are remembered
 
 
@@ -87,6 +88,10 @@ class RemoteJudge(Reward):
             raise DiffsteerError(f"remote_judge: question={self.question!r} has no {{prompt}} in it")
         if not self.low < self.high:
             raise DiffsteerError(f"remote_judge: low={self.low:g} is not below high={self.high:g}")
+        if self.max_tokens is not None and (type(self.max_tokens) is not int or self.max_tokens < 1):
+            raise DiffsteerError(f"remote_judge: max_tokens={self.max_tokens}; wanted a whole number, at least 1, or null")
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise DiffsteerError(f"remote_judge: temperature={self.temperature:g}; wanted a number, at least 0, or null")
         if self.timeout <= 0 or self.retries < 0 or self.parallel < 1:
             raise DiffsteerError(
                 f"remote_judge: timeout={self.timeout:g}, retries={self.retries}, parallel={self.parallel}; "
@@ -128,16 +133,16 @@ class RemoteJudge(Reward):
         body = {"model": self.model, "messages": [turn], **{k: v for k, v in options.items() if v is not None}}
         said = ""
         for _ in range(self.retries + 1):
-            said = self._post(body)
-            number = number_in(said, self.high)
+            said, cut = self._post(body)
+            number = number_in(said, self.high, cut)
             if number is not None and self.low <= number <= self.high:
                 return number
         wanted = f"no number from {self.low:g} to {self.high:g}"
         warnings.warn(f"remote_judge: {self.model} answered {said[:60]!r}, {wanted}", stacklevel=2)
         return float("nan")
 
-    def _post(self, body: dict[str, Any]) -> str:
-        """One answer, asked for again where that may help."""
+    def _post(self, body: dict[str, Any]) -> tuple[str, bool]:
+        """One answer, and was it cut off? Asked for again where that may help."""
         import requests
         from requests.adapters import HTTPAdapter
         from urllib3.util import Retry
@@ -161,20 +166,24 @@ class RemoteJudge(Reward):
         if not got.ok:
             raise DiffsteerError(f"remote_judge: {address} answered {got.status_code} {got.reason}: {got.text[:200]}")
         try:
-            return str(got.json()["choices"][0]["message"]["content"])
-        except (ValueError, KeyError, IndexError, TypeError) as error:
+            choice = got.json()["choices"][0]
+            return str(choice["message"]["content"]), choice.get("finish_reason") == "length"
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise DiffsteerError(f"remote_judge: {address} answered what is no completion: {got.text[:200]}") from error
 
 
-def number_in(answer: str, high: float = 10.0) -> float | None:
+def number_in(answer: str, high: float = 10.0, cut: bool = False) -> float | None:
     """The number that an answer begins with, or the only one in it, thoughts and an "out of 10" left away; of several nobody
-    knows which is meant."""
-    said = re.sub(rf"\s*(?:/|out of)\s*{high:g}\b", "", _THOUGHTS.sub("", answer))
+    knows which is meant. Of one that was cut off, only what it begins with, and nothing of its thoughts."""
+    answer = _THOUGHTS.sub("", answer)
+    if "<think>" in answer:
+        return None
+    said = re.sub(rf"\s*(?:/|out of)\s*{high:g}\b", "", answer)
     if re.search(r"\d,\d", said):  # a half to some, thousands to others
         return None
     numbers = _NUMBER.findall(said)
     begins = _NUMBER.match(said.strip().lstrip("*\"'"))
-    return float(begins[0]) if begins else float(numbers[0]) if len(numbers) == 1 else None
+    return float(begins[0]) if begins else float(numbers[0]) if len(numbers) == 1 and not cut else None
 
 
 def _png(image: Tensor) -> bytes:

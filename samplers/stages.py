@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from diffsteer.judging import is_share
 from diffsteer.staged import as_search, staged
 from diffsteer.trial import Arena, Asking, Outcome, Search, along_ways
 from diffsteer.types import DiffsteerError
@@ -47,7 +48,7 @@ class Stages(Search):
             raise DiffsteerError(f"{self.name}: give one sampler or more, such as stages=[ZeroOrder(), FeynmanKac(4)]")
         parts = [as_search(stage) for stage in self.stages]
         shares = [1.0] * len(parts) if self.shares is None else list(self.shares)
-        if len(shares) != len(parts) or not all(type(s) in (int, float) and s > 0 for s in shares):
+        if len(shares) != len(parts) or not all(is_share(s) for s in shares):
             raise DiffsteerError(f"{self.name}: shares={shares}; wanted {len(parts)} positive numbers, one a stage")
         object.__setattr__(self, "_parts", parts)
         object.__setattr__(self, "_shares", [s / sum(shares) for s in shares])

@@ -141,10 +141,25 @@ def test_a_process_that_is_broken_leaves_the_rest_to_others(tmp_path: Path) -> N
     folder = Folder(tmp_path, rows(100), "s")
     row = InARow()
     row.done()
-    errors = [row.hopeless(RuntimeError("device-side assert"), 100) for _ in range(30)]
-    assert errors.index(True) == 26 and not InARow().hopeless(ValueError(), 100)  # 25, one from the middle, the last one
+
+    def hopeless(row: InARow, error: Exception) -> bool:
+        row.failed(error)
+        return row.hopeless(100)
+
+    errors = [hopeless(row, RuntimeError("device-side assert")) for _ in range(30)]
+    assert errors.index(True) == 26 and not hopeless(InARow(), ValueError())  # 25, one from the middle, the last one
     mixed = InARow()
-    assert not any(mixed.hopeless(kind("x"), 100) for kind in (ValueError, RuntimeError) * 20) and folder.missing
+    assert not any(hopeless(mixed, kind("x")) for kind in (ValueError, RuntimeError) * 20) and folder.missing
+    assert any(hopeless(mixed, RuntimeError("x")) for _ in range(5)), "what failed otherwise before excuses nobody"
+
+
+def test_what_failed_is_tried_again_though_another_machine_died_at_it(tmp_path: Path) -> None:
+    first = Folder(tmp_path, rows(3), "s")
+    first.fail(rows(3)[0], ValueError("odd"))
+    (tmp_path / ".leases/at-dead.json").write_text(json.dumps(first.leases.me | {"host": "elsewhere"}))
+    again = Folder(tmp_path, rows(3), "s")
+    again.start()
+    assert not again.failed and again.claim(3) == [*rows(3)[1:], rows(3)[0]]
 
 
 def test_status(generate: Any, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +172,9 @@ def test_status(generate: Any, command: Any, tmp_path: Path, monkeypatch: pytest
     said = command("status", "o")
     assert said.code == 1 and said.out.splitlines()[0] == "o: 1 of 3 prompts done, 1 failed, 1 to do"
     assert "a ring" in said.out and "ValueError: odd" in said.out
+    stopped = json.loads(manifest[0]) | {"search": {"stopped": "interrupted"}}
+    (tmp_path / "o/manifest.jsonl").write_text(json.dumps(stopped) + "\n")
+    assert command("status", "o").out.splitlines()[0] == "o: 0 of 3 prompts done, 1 failed, 2 to do"
     other = json.loads(manifest[0]) | {"id": "other", "prompt": "a\u2028b", "image": "images/907.png"}
     (tmp_path / "o/images/907.png").touch()
     with (tmp_path / "o/manifest.jsonl").open("w", encoding="utf-8") as file:  # of prompts that are not asked for now

@@ -62,9 +62,10 @@ def zygote() -> Iterator[Any]:
     process.wait()
 
 
-def asked(toy_folder: Path, tmp_path: Path, prompts: int) -> list[str]:
+def asked(toy_folder: Path, tmp_path: Path, prompts: int, *sampler: str) -> list[str]:
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"a star {i}", "id": i}) + "\n" for i in range(prompts)))
-    common = ["generate", f"model={toy_folder}", "reward=compressibility", "num_inference_steps=4", "sampler.particles=2"]
+    common = ["generate", f"model={toy_folder}", "reward=compressibility", "num_inference_steps=4"]
+    common += sampler or ["sampler.particles=2"]
     return [*common, f"prompts={tmp_path / 'p.jsonl'}", "deterministic=true", "output=all"]
 
 
@@ -77,8 +78,8 @@ def same_but_for_times(folder: Path, whole: Path) -> None:
             assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
 
 
-def killed_and_again(zygote: Any, toy_folder: Path, tmp_path: Path, kills: int, seed: int) -> None:
-    common = [*asked(toy_folder, tmp_path, 8), "batch=2"]
+def killed_and_again(zygote: Any, toy_folder: Path, tmp_path: Path, kills: int, seed: int, *sampler: str) -> None:
+    common = [*asked(toy_folder, tmp_path, 8, *sampler), "batch=2"]
     whole = zygote([*common, f"out={tmp_path / 'whole'}"])
     assert whole["code"] == 0
     draws, survived, again = random.Random(seed), 0, [*common, f"out={tmp_path / 'o'}"]
@@ -96,9 +97,15 @@ def test_killed_at_random_moments_nothing_is_lost(zygote: Any, toy_folder: Path,
     killed_and_again(zygote, toy_folder, tmp_path, kills=5, seed=1)
 
 
+SEARCH = ("sampler=random_search", "sampler.candidates=3", "draft.finalists=2", "sinks=[webdataset]")
+
+
 @pytest.mark.slow
-def test_killed_at_twenty_random_moments_nothing_is_lost_or_done_twice(zygote: Any, toy_folder: Path, tmp_path: Path) -> None:
-    killed_and_again(zygote, toy_folder, tmp_path, kills=20, seed=2)
+@pytest.mark.parametrize("sampler", [(), SEARCH], ids=["particles", "search"])
+def test_killed_at_twenty_random_moments_nothing_is_lost_or_done_twice(
+    zygote: Any, toy_folder: Path, tmp_path: Path, sampler: tuple[str, ...]
+) -> None:
+    killed_and_again(zygote, toy_folder, tmp_path, 20, 2, *sampler)
 
 
 # --------------------------------------------------------------------------------------------- several processes

@@ -85,6 +85,12 @@ def test_whole_numbers_and_ids_as_tables_keep_them(tmp_path: Path) -> None:
         assert read_items(tmp_path / name) == [Item(0, 0, "a", {"seed": 7}), Item(1, 1, "b")], name
 
 
+def test_a_name_with_tar_in_it_is_read_by_its_ending_and_ids_may_be_floats(tmp_path: Path) -> None:
+    (tmp_path / "p.tar.jsonl").write_text('{"prompt": "a star", "id": 7.0}')
+    (item,) = read_items(tmp_path / "p.tar.jsonl")
+    assert item.id == 7 and type(item.id) is int
+
+
 def test_a_compressed_tar_and_a_prompt_with_blanks_come_back(tmp_path: Path) -> None:
     members = {"0.txt": b" a red star\n", "0.json": json.dumps({"prompt": " a red star\n"}).encode(), "1.txt": b"a ring\n"}
     for name in ("p.tar.gz", "p.tgz"):
@@ -119,6 +125,7 @@ WRONG_FILES = {
     "d.tar": (tar_of({"1.png": b"x"}), "there is no prompt in it"),
     "e.tar": (tar_of({f"{i}.txt": b"a" for i in range(5)})[:1024], "it is cut off"),
     "f.tar": (tar_of({f"{i}.txt": b"a" for i in range(5)})[:1100], "it is cut off"),
+    "h.tar": (tar_of({"1.txt": b"a"}) + tar_of({"2.txt": b"b"}), "something follows its end"),
     "g.tar": (tar_of({"a/1.txt": b"a", "/a/1.txt": b"b"}), "1.txt is in it twice"),
     "i.csv": (b"prompt,seed,seed\na,1,2\n", "two columns are called 'seed'"),
     "g.jsonl": (b'{"prompt": "a", "guidance_scale": 1' + b"0" * 400 + b"}", "wanted a number"),

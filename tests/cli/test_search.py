@@ -26,7 +26,7 @@ def test_a_search_keeps_its_budget_and_leaves_a_record(command: Any, toy_folder:
     (entry,) = lines(tmp_path / "one")
     assert entry["ledger"]["evaluations"] <= 40 and entry["search"]["stopped"] == "budget"
     record = entry["search"]
-    assert record["spent"]["evals"] == entry["ledger"]["evaluations"] and record["history"][-1][2] == pytest.approx(
+    assert record["spent"]["evals"] == entry["ledger"]["evaluations"] and record["history"][-1][1] == pytest.approx(
         entry["reward"]
     )
     assert set(record["prior"][0]) == {"radius", "autocorrelation", "covariance"} and record["diversity"]["vendi"] >= 1
@@ -34,6 +34,17 @@ def test_a_search_keeps_its_budget_and_leaves_a_record(command: Any, toy_folder:
     again = run(command, f"model={toy_folder}", "sampler=zero_order", "budget.evals=40")
     assert again.code == 0 and "there already" in again.out
     assert "other settings" in run(command, f"model={toy_folder}", "sampler=zero_order", "budget.evals=48").err
+
+
+def test_the_same_search_is_the_same_record(command: Any, toy_folder: Path, tmp_path: Path) -> None:
+    asked = ("deterministic=true", "chunk=2", "sampler=random_search", "sampler.candidates=3", "sinks=[webdataset]")
+    for name in ("one", "two"):
+        assert command("generate", *BASE[:-2], *asked, f"out={name}", f"model={toy_folder}").code == 0
+    for file in ("manifest.jsonl", "shards/00000.tar"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    (timing,) = map(json.loads, (tmp_path / "one/timings.jsonl").read_text().splitlines())
+    history = lines(tmp_path / "one")[0]["search"]["history"]
+    assert [e for e, _ in timing["searches"][0]] == [e for e, _ in history] and timing["searches"][0][-1][1] > 0
 
 
 def test_time_is_a_budget(command: Any, toy_folder: Path, tmp_path: Path) -> None:

@@ -307,6 +307,28 @@ def test_nobody_meets_twice() -> None:
     assert judge.order(first[::-1]) == [0, 1, 2] and len(met) == 6
 
 
+def test_who_met_nobody_is_no_better_than_the_last() -> None:
+    """The purse pays for three pairs: those of the first one."""
+    purse = Purse(Budget(reward_calls=6), Stopwatch(None))
+    judge = ByDuel(lambda them, pairs: torch.tensor([1.0] * len(pairs)), purse)
+    assert judge.order([outcome(i, torch.empty(0)) for i in range(6)])[0] == 0 and purse.spent.reward_calls == 6
+    values = judge.values([outcome(i, torch.empty(0)) for i in range(6)])
+    assert float(values[5]) == float(values[:4].min()) < float(values[0])
+
+
+def test_ctrl_c_in_a_tournament_leaves_what_is_known() -> None:
+    def play(outcomes: Sequence[Outcome], pairs: Sequence[tuple[int, int]]) -> Tensor:
+        if len(outcomes) > 2:
+            raise KeyboardInterrupt
+        return torch.tensor([0.0] * len(pairs))
+
+    purse = Purse(Budget(reward_calls=100), Stopwatch(None))
+    judge = ByDuel(play, purse)
+    assert judge.order([outcome(i, torch.empty(0)) for i in range(2)]) == [1, 0] and not judge.interrupted
+    assert judge.order([outcome(i, torch.empty(0)) for i in range(4)])[0] == 1 and judge.interrupted
+    assert purse.spent.reward_calls == 2
+
+
 def test_results_that_are_none() -> None:
     class Wild(Duel):
         def compare(self, a: Tensor, b: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
@@ -330,6 +352,7 @@ class Late(UnorderedReward):
 def test_answers_out_of_order_keep_their_images() -> None:
     samples = torch.arange(4.0).view(4, 1)
     assert Late().score(samples, ["p"] * 4, CTX).tolist() == [0, 1, 2, 3]
+    assert Late(*torch.tensor([3, 1, 0, 2]).numpy()).score(samples, ["p"] * 4, CTX).tolist() == [0, 1, 2, 3]  # numpy's numbers
     for rows, said in (((0, 1, 2), "no answer for row 3"), ((0, 0), "twice"), ((7,), "is none")):
         with pytest.raises(RewardError, match=said):
             Late(*rows).score(samples, ["p"] * 4, CTX)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import warnings
@@ -289,10 +290,22 @@ def test_a_judge_asks_again(images: Tensor) -> None:
         ("1e1", 10),
         ("8 out of 10", 8),
         ("3/4 of it, so 7", 3),
+        ("<think>It has 3 circles and", None),
+        ("It has 3 circles.</think>7", 7),
     ],
 )
 def test_which_number_is_meant(answer: str, number: float | None) -> None:
     assert number_in(answer) == number
+
+
+def test_of_an_answer_that_was_cut_off_only_its_beginning_counts() -> None:
+    assert number_in("The picture shows 3 circles and", cut=True) is None and number_in("7. It shows", cut=True) == 7
+
+
+@pytest.mark.parametrize("wrong", [{"max_tokens": 0}, {"max_tokens": 2.5}, {"temperature": -1.0}, {"temperature": math.inf}])
+def test_what_no_endpoint_takes_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(DiffsteerError, match=f"{next(iter(wrong))}=.*; wanted"):
+        rewards.RemoteJudge("http://127.0.0.1:9/v1", "m", **wrong)
 
 
 def test_equal_pictures_are_asked_about_once_and_a_refused_one_is_its_own_matter(images: Tensor) -> None:

@@ -16,6 +16,7 @@ from diffsteer.budget import Budget, Stopwatch
 from diffsteer.draft import Draft
 from diffsteer.ground import Ask, FunctionGround
 from diffsteer.judging import Duel, RankEnsemble
+from diffsteer.playing import Run
 from diffsteer.reward import Reward
 from diffsteer.samplers import DNO, BestOfN, DFlow, FeynmanKac, RandomSearch, ReNO, SearchOverPaths, Stages, ZeroOrder
 from diffsteer.samplers.noise_gradient import NoiseGradient
@@ -215,6 +216,41 @@ def test_comparisons_are_declared_and_kept_for_the_finals() -> None:
     assert float(out.samples[0, 0, 0]) == float(out.samples[0, :, 0].max())
 
 
+@pytest.mark.parametrize(("full", "draft"), [(Taller, taller), (taller, Taller), (Taller, Taller)])
+def test_comparisons_are_declared_of_those_who_compare(full: Any, draft: Any) -> None:
+    full, draft = (Latent(r) if r is taller else r() for r in (full, draft))
+    steered = SteeredPipeline(MODEL, RandomSearch(8), full, draft=Draft(steps=4, finalists=3, reward=draft))
+    counted = steered(["a"], num_inference_steps=STEPS, seed=0).ledger.reward_calls
+    assert steered.estimate(1, STEPS).reward_calls == counted
+
+
+class Leaving(Taller):
+    """Ctrl-C at one of its calls."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def compare(self, a: Tensor, b: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return super().compare(a, b, prompts, ctx)
+
+
+@pytest.mark.parametrize(("draft", "at"), [(False, 1), (False, 2), (Draft(steps=4, finalists=3), 3)])
+def test_ctrl_c_in_a_tournament_keeps_what_was_made(draft: Any, at: int) -> None:
+    out = played(RandomSearch(8), ["a"], reward=Leaving(at), draft=draft)
+    found = out.trace.searches[0]
+    assert found.stopped == "interrupted" and found.scored == (8 if not draft else 11) and len(found.outcomes) > 0
+    assert found.spent.reward_calls == (0 if not draft else 56)
+
+
+def test_drafts_end_with_the_comparisons() -> None:
+    budget = Budget(evals=4000, reward_calls=100)
+    found = played(RandomSearch(16), ["a"], budget, reward=Taller(), draft=Draft(steps=4, finalists=3)).trace.searches[0]
+    assert found.spent.evals < 400 and found.stopped == "budget" and found.spent.reward_calls <= 100
+
+
 def test_a_judge_that_says_nothing_in_one_order_is_heard_in_the_other() -> None:
     class Proud(Taller):
         def compare(self, a: Tensor, b: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
@@ -248,6 +284,19 @@ def test_a_sample_that_was_made_twice_is_kept_once() -> None:
     out = played(Stages([RandomSearch(8), ZeroOrder(2, 2)], diversity=0.0), ["a"])
     rewards = out.rewards[0].tolist()
     assert len(set(rewards)) == len(rewards) == 4
+
+
+def test_a_sample_that_rounding_told_apart_is_kept_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Run.told
+
+    def rounded(self: Run, outcomes: list[Outcome], *more: Any) -> None:
+        for outcome in outcomes:
+            outcome.x, outcome.reward = outcome.x + 1e-6 * len(outcomes), outcome.reward + 1e-6 * len(outcomes)
+        told(self, outcomes, *more)
+
+    monkeypatch.setattr(Run, "told", rounded)
+    out = played(Stages([RandomSearch(8), ZeroOrder(1, 1)], diversity=0.0), ["a"])
+    assert len({round(r, 4) for r in out.rewards[0].tolist()}) == 4
 
 
 def test_outcomes_are_lightened_once(monkeypatch: pytest.MonkeyPatch) -> None:
