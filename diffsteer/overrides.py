@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, QuotedString
 from hydra.errors import HydraException
 from omegaconf import MISSING
 
@@ -16,6 +17,7 @@ from diffsteer.registry import nearest, registered
 from diffsteer.types import DiffsteerError
 
 VERBATIM = ("prompt", "negative_prompt", "reward.text")
+NAMED = ("model", "sampler", "reward", "guide", "schedule", "experiment")  # what is named, each by an option of its own
 OPEN = ("call", "tune.parameters", "draft.call")  # mappings that take any key
 
 
@@ -24,6 +26,7 @@ def for_hydra(argv: list[str]) -> list[str]:
     rewritten = []
     for arg in argv:
         key, equals, value = arg.partition("=")
+        group = key.lstrip("+~").partition("@")[0]
         if arg.startswith("-"):
             rewritten.append(arg)
         elif equals and not key.strip("+~"):
@@ -36,8 +39,10 @@ def for_hydra(argv: list[str]) -> list[str]:
             raise DiffsteerError("out= names no folder")
         elif equals and key.lstrip("+") in VERBATIM:
             rewritten.append(f"{key}={quoted(value)}")
-        elif equals and key in ("model", "sampler", "reward", "guide", "schedule") and value in ("", "null"):
+        elif equals and key in NAMED[:-1] and value in ("", "null"):
             raise DiffsteerError(f"{key}={value} is no option{nearest(value, _options(key))}")
+        elif equals and "[" in value and (group in NAMED or "/" in group) and not _lists_names(arg):
+            raise DiffsteerError(f"{key}={value} is no option: wanted names")
         elif equals and key == "reward" and _is_option("reward", value, argv):
             rewritten.append(arg)
         elif equals and key == "reward" and is_expression(value, registered("reward")):
@@ -69,6 +74,16 @@ def _parses(arg: str) -> bool:
     except HydraException:
         return False
     return True
+
+
+def _lists_names(arg: str) -> bool:
+    """Is every list in it one of texts? Hydra asks no option of a group for anything else, and fails there."""
+    try:
+        told = OverridesParser.create().parse_override(arg).value()
+    except HydraException:
+        return True
+    several = told.list if isinstance(told, ChoiceSweep) else [told]
+    return all(isinstance(each, str | QuotedString) for one in several if isinstance(one, list) for each in one)
 
 
 def _names_a_file(value: str) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from diffsteer.cli import main
@@ -121,6 +121,8 @@ SLOW = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.d
 
 @settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=SLOW)
 @given(lines)
+@example(["generate", "model=[{name:fk,particles:2}]"])
+@example(["generate", "prompt=a", "+sampler=shapes,[1]", "-m"])
 def test_any_command_line_ends_in_a_line(before_any_model: Any, argv: list[str]) -> None:
     before_any_model(argv)
 
