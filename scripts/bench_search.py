@@ -275,20 +275,20 @@ def draw(points: dict[str, list[tuple[float, float, float, float, float]]], path
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(12.5, 4.2), sharey=True)
     for axis, column, what in ((axes[0], 0, "evaluations"), (axes[1], 1, "time, in plain runs")):
-        for name, values in points.items():
+        for n, (name, values) in enumerate(points.items()):
             rows = sorted(values)
             bold = name == "best of N"
-            axis.plot([r[column] for r in rows], [r[2] for r in rows], "o-", ms=4, lw=2.5 if bold else 1.2,
-                      color="black" if bold else None, label=name)  # fmt: skip
+            axis.plot([r[column] for r in rows], [r[2] for r in rows], "o--" if n > 9 else "o-", ms=4,
+                      lw=2.5 if bold else 1.2, color="black" if bold else f"C{n % 10}", label=name)  # fmt: skip
         axis.set_xscale("log", base=2)
         axis.set_xlabel(what)
         axis.grid(alpha=0.3)
     best = points.get("best of N", [])
     axes[0].fill_between([r[0] for r in best], [r[3] for r in best], [r[4] for r in best], color="black", alpha=0.12, lw=0)
     axes[0].set_ylabel("right, by the checker")
-    axes[1].legend(fontsize=7, loc="lower right")
+    axes[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
