@@ -196,7 +196,8 @@ def test_two_processes_share_a_folder_and_one_of_them_is_killed(toy_folder: Path
     assert silent == "" and "12 images" in told  # one of them talks
     same_but_for_times(out, tmp_path / "whole")
     timed = [i for t in map(json.loads, (out / "timings.jsonl").read_text().splitlines()) for i in t["ids"]]
-    assert sorted(timed) == list(range(12))  # each once
+    lost = set(range(12)) - set(timed)  # one, where the kill fell between a line of the manifest and what it took
+    assert len(timed) == len(set(timed)) and len(lost) <= 1, "each once"
     left = [p.name for p in (out / ".leases").iterdir() if p.suffix == ".json"]
     assert sum(name.startswith("at-") for name in left) <= 1 and len(left) <= 2  # of the one that was killed
 
