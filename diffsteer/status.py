@@ -26,8 +26,7 @@ def status(folder: str | Path) -> tuple[list[str], bool]:
     if not (path / RUN).is_file() and not (path / MANIFEST).is_file():
         raise DiffsteerError(f"{folder} is no folder of results: it has neither {RUN} nor {MANIFEST}")
     prompts = _prompts(path / RUN)
-    entries = [e for e in lines_of(path / MANIFEST, "id", "image") if is_inside(path, e["image"]) and not was_interrupted(e)]
-    done = {e["id"] for e in entries if prompts is None or _index(e["image"]) < prompts}  # lines of other prompts stay, too
+    done = {e["id"] for e in _made(path) if prompts is None or _index(e["image"]) < prompts}  # lines of other prompts stay, too
     failed = {e["id"]: e for e in lines_of(path / ERRORS, "id", "prompt", "error") if e["id"] not in done}
     unknown, prompts = prompts is None, len(done) + len(failed) if prompts is None else prompts
     missing = max(0, prompts - len(done) - len(failed))
@@ -55,14 +54,18 @@ def _comparison(path: Path) -> tuple[list[str], bool]:
     for name in told["folders"]:
         if not (path / name / RUN).is_file():
             continue
-        there = lines_of(path / name / MANIFEST, "id", "image")
-        made = (e for e in there if is_inside(path / name, e["image"]) and not was_interrupted(e))
-        done = {json.dumps(e["id"]) for e in made} & asked
+        done = {json.dumps(e["id"]) for e in _made(path / name)} & asked
         finished += len(done)
         if len(done) < len(asked):
             lines.append(f"{name}: {len(done)} of {len(asked)}")
         lines += [f"{name}: {line}" for line in status(path / name)[0] if line.startswith("failed")]
     return [f"{path}: {finished} of {wanted} prompts done, in {len(told['folders'])} folders", *lines], finished == wanted
+
+
+def _made(path: Path) -> list[dict[str, Any]]:
+    """The lines of a folder's manifest that need not be done again."""
+    there = lines_of(path / MANIFEST, "id", "image")
+    return [e for e in there if is_inside(path, e["image"]) and not was_interrupted(e)]
 
 
 def is_inside(folder: Path, name: Any) -> bool:
