@@ -98,6 +98,11 @@ class Ground(ABC):
         return float("inf")
 
     @property
+    def over(self) -> bool:
+        """Can nothing be carried out any more?"""
+        return False
+
+    @property
     def compared(self) -> bool:
         """Are samples compared with each other, and not scored?"""
         return False

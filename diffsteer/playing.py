@@ -22,6 +22,7 @@ class Run:
     """One prompt's search.
 
     Attributes:
+        first: the first trial that was asked for.
         finished: finished samples, the best first. values: by the judge, one each.
         waiting: states of the last round that are not finished.
         finals: of drafts, what was made in full already, and from which draft.
@@ -54,6 +55,7 @@ class Run:
         self.scored, self.stopped = 0, "done"
         self.history: list[tuple[int, float, float]] = []
         self.advance(None)
+        self.first = self.trials[0] if self.trials else None
 
     def advance(self, outcomes: list[Outcome] | None) -> None:
         """Hand on outcomes, and be asked for more."""
@@ -94,8 +96,8 @@ class Run:
             self.advance([])  # the share of a stage is spent
             return self.granted()
         if not asks and self.trials:
-            # one sample, at least, in the place of what costs too much: without gradient and look-ahead, to the end at once
-            plain = replace(self.trials[0], stop=None, gradient=False, look=0, scored=True)
+            # one sample, at least, in the place of what costs too much
+            plain = _plain(self.trials[0])
             self.stop("budget")
             if not (self.finished or self.waiting) and self.purse.affords(self.ground.price(plain), late=True):
                 asks.append(self.ask(plain))
@@ -134,10 +136,18 @@ class Run:
         self.finished += [outcomes[i] if outcomes[i].sample is None else outcomes[i].light() for i in rest]
         self.values = [float(values[i]) for i in order]
 
-    def late(self, most: int | None) -> list[Ask]:
-        """Where the budget ended on the way: as many of the best there as it still pays for are brought to the end."""
+    @property
+    def empty(self) -> bool:
+        """Was it interrupted before anything was there?"""
+        return self.stopped == "interrupted" and not (self.finished or self.waiting)
+
+    def late(self) -> list[Ask]:
+        """Where the budget ended on the way: as many of the best there as it still pays for are brought to the end; after
+        Ctrl-C the best one, or, where there is nothing yet, the first chain."""
+        if self.empty:
+            return [self.ask(_plain(self.first))] if self.first is not None else []
         asks: list[Ask] = []
-        for outcome in self.waiting[:most] if self.stopped != "done" else []:
+        for outcome in {"done": [], "interrupted": self.waiting[:1]}.get(self.stopped, self.waiting):
             trial = outcome.onward(None, eta=outcome.trial.eta)
             if (asks or self.finished) and not self.purse.affords(self.ground.price(trial)):
                 break
@@ -150,11 +160,17 @@ def carried(ground: Ground, asks: Sequence[Ask], purses: Sequence[Purse]) -> tup
     to the purses, one a trial."""
     try:
         return dict(enumerate(ground.carry(asks))), True
-    except Interrupted as stop:
+    except KeyboardInterrupt as stop:
+        done = stop.done if isinstance(stop, Interrupted) else {}
         for i, (_, _, trial) in enumerate(asks):
-            if i not in stop.done:
+            if i not in done:
                 purses[i].pay(ground.price(trial), -1)
-        return stop.done, False
+        return done, False
+
+
+def _plain(trial: Trial) -> Trial:
+    """To the end at once, without gradient and look-ahead."""
+    return replace(trial, stop=None, gradient=False, look=0, scored=True)
 
 
 def _same(a: Outcome, b: Outcome, eta: float) -> bool:

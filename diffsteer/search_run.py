@@ -165,13 +165,17 @@ def _output(
         rewards[p, : len(f.values)] = torch.tensor(f.values, dtype=torch.float64)
         weights[p, : len(f.values)] = -math.log(len(f.values))
     deciding = rewards
-    if choice is not None:
-        scorer = Scorer(choice, session.decoder, asked, ledger, session.embedded, session.cut)
-        deciding = scorer.score(samples, session.steps, session.steps).masked_fill(weights == -math.inf, -math.inf)
-    chosen = torch.tensor([positions(row[: len(f.values)])[0] for row, f in zip(deciding, found, strict=True)])
     looked = Scorer(None, session.decoder, asked, ledger, session.embedded, session.cut, aside=aside)
-    if aside:
-        looked.score(samples, session.steps, session.steps)
+    try:
+        if choice is not None:
+            scorer = Scorer(choice, session.decoder, asked, ledger, session.embedded, session.cut)
+            deciding = scorer.score(samples, session.steps, session.steps).masked_fill(weights == -math.inf, -math.inf)
+        if aside:
+            looked.score(samples, session.steps, session.steps)
+    except KeyboardInterrupt:
+        found = [replace(f, stopped="interrupted") for f in found]
+        warnings.warn("stopped while what was found was scored anew: what that would have said is left out", stacklevel=4)
+    chosen = torch.tensor([positions(row[: len(f.values)])[0] for row, f in zip(deciding, found, strict=True)])
     held = {name: scores.masked_fill(weights == -math.inf, math.nan) for name, scores in looked.aside_scores.items()}
     grouped = samples.view(groups, kept, *samples.shape[1:])
     shown = samples if output == "all" else grouped[torch.arange(groups), chosen]

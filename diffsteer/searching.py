@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 from diffsteer.budget import Budget, Cost, Purse, Stopwatch
@@ -33,7 +34,8 @@ def explore(
 
     Raises:
         DiffsteerError: a budget that does not pay for a single sample, or that limits nothing that the search spends.
-        KeyboardInterrupt: before every prompt had a sample.
+        KeyboardInterrupt: a second Ctrl-C, before every prompt had a sample; the first one ends the search with what there is,
+            and with the first chain of a prompt that has nothing.
     """
     budget = budget or Budget()
     clock = stopwatch or Stopwatch(budget.seconds)
@@ -45,6 +47,7 @@ def explore(
             finalists = reserve(purse, price_of_final(render, remake), finalists, render.compared)
     runs = [Run(p, search, ground, purse, finalists) for p, purse in enumerate(purses)]
     drafts = Finals(render, remake, finalists, clock) if render is not None else None
+    stops = 0  # how often Ctrl-C came
     try:
         while asks := _granted(_first(runs, clock)) or _granted(runs):
             _carry(runs, asks, ground, clock)
@@ -56,13 +59,14 @@ def explore(
                 best = tuple(r.finished[0].reward if r.finished else float("nan") for r in runs)
                 watch(Progress(best, sum(p.share() for p in purses) / len(purses), ground.ledger.evaluations))
     except KeyboardInterrupt:
+        stops = 1
         _interrupt(runs)
-    try:
-        late = [ask for run in runs for ask in run.late(1 if run.stopped == "interrupted" else None)]
-        if late:
-            _carry(runs, late, ground, clock)
-    except KeyboardInterrupt:
-        _interrupt(runs)
+    while stops < 2:
+        try:
+            _finish(runs, ground, clock)
+            break
+        except KeyboardInterrupt:
+            stops += 1
     for run in runs:
         if not run.finished:
             if run.stopped == "interrupted":
@@ -94,6 +98,25 @@ def _carry(runs: Sequence[Run], asks: Sequence[Ask], ground: Ground, clock: Stop
         runs[prompt].told(mine, clock.elapsed, whole)
     if not whole or any(run.judge.interrupted for run in runs):
         raise KeyboardInterrupt
+
+
+def _finish(runs: Sequence[Run], ground: Ground, clock: Stopwatch) -> None:
+    """Bring to its end what is under way."""
+    if any(run.empty for run in runs) and not ground.over:
+        warnings.warn(
+            "stopped before there was a sample of every prompt: those that have none get a plain one; "
+            "another Ctrl-C ends at once, without anything",
+            stacklevel=5,
+        )
+    late = {run.prompt: run.late() for run in runs}
+    try:
+        if any(late.values()):
+            _carry(runs, [ask for asks in late.values() for ask in asks], ground, clock)
+    except KeyboardInterrupt:
+        for prompt, asks in late.items():
+            if asks:
+                runs[prompt].stop("interrupted")
+        raise
 
 
 def _interrupt(runs: Sequence[Run]) -> None:

@@ -51,6 +51,10 @@ class SessionGround(Ground):
         return self.reward.range[1] if number else float("inf")
 
     @property
+    def over(self) -> bool:
+        return bool(getattr(self.session, "interrupted", False))
+
+    @property
     def compared(self) -> bool:
         return self.costs.compared
 

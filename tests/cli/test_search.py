@@ -145,8 +145,9 @@ def test_what_is_refused_in_a_line(command: Any, toy_folder: Path, more: tuple[s
     assert result.code == 2 and said in result.err and result.err.count("\n") == 1, result.err
 
 
+@pytest.mark.parametrize("at", [1, 3])
 def test_what_a_stopped_search_has_found_stays_and_is_done_again(
-    command: Any, toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Any, toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     from diffsteer.rewards import Compressibility
 
@@ -154,13 +155,13 @@ def test_what_a_stopped_search_has_found_stays_and_is_done_again(
 
     def impatient(self: Any, *args: Any) -> Any:
         calls[0] += 1
-        if calls[0] == 3:
+        if calls[0] == at:
             raise KeyboardInterrupt
         return score(self, *args)
 
     monkeypatch.setattr(Compressibility, "score", impatient)
     stopped = run(command, f"model={toy_folder}", "sampler=zero_order", "sampler.rounds=4")
-    assert stopped.code == 130 and "goes on" in stopped.err
+    assert stopped.code == 130 and "goes on" in stopped.err and ("a plain one" in stopped.err) == (at == 1)
     assert lines(tmp_path / "one")[0]["search"]["stopped"] == "interrupted"
     monkeypatch.setattr(Compressibility, "score", score)
     finished = run(command, f"model={toy_folder}", "sampler=zero_order", "sampler.rounds=4")

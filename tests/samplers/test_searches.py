@@ -455,25 +455,6 @@ def test_a_perfect_reward_ends_the_search() -> None:
     assert out.rewards[:, 0].tolist() == [0, 0]
 
 
-def test_stopping_returns_the_best_so_far() -> None:
-    calls = itertools.count()
-
-    def impatient(x: Tensor, prompts: object) -> Tensor:
-        if next(calls) == 3:
-            raise KeyboardInterrupt
-        return x[:, 0]
-
-    out = run(ZeroOrder(2, 50), ["a"], reward=impatient)
-    found = out.trace.searches[0]
-    assert found.stopped == "interrupted" and found.scored == 5 and float(out.rewards.max()) == found.history[-1][2]
-
-    def at_once(x: Tensor, prompts: object) -> Tensor:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(ZeroOrder(2, 50), ["a"], reward=at_once)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_a_budget_too_small_says_what_one_sample_takes(name: str) -> None:
     with pytest.raises(DiffsteerError, match=f"does not pay for one sample: that takes evals={STEPS}"):

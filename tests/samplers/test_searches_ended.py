@@ -1,4 +1,4 @@
-"""How searches end: interrupted within a round, at a stage's share, converged; what is told of them then."""
+"""How searches end: at a stage's share, converged; what is told of them then."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from diffsteer.ground import Ask, FunctionGround
 from diffsteer.judging import Duel, RankEnsemble
 from diffsteer.playing import Run
 from diffsteer.reward import Reward
-from diffsteer.samplers import DNO, BestOfN, DFlow, FeynmanKac, RandomSearch, ReNO, SearchOverPaths, Stages, ZeroOrder
+from diffsteer.samplers import DNO, DFlow, FeynmanKac, RandomSearch, ReNO, SearchOverPaths, Stages, ZeroOrder
 from diffsteer.samplers.noise_gradient import NoiseGradient
 from diffsteer.search_run import maximise
 from diffsteer.searching import explore
@@ -51,20 +51,6 @@ class Latent(Reward):
         return found
 
 
-class Stopping(Latent):
-    """Ctrl-C at one of its calls."""
-
-    def __init__(self, at: int) -> None:
-        super().__init__(reward)
-        self.at, self.calls = at, 0
-
-    def score(self, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
-        self.calls += 1
-        if self.calls == self.at:
-            raise KeyboardInterrupt
-        return super().score(samples, prompts, ctx)
-
-
 class Taller(Duel):
     input = "latents"
 
@@ -81,40 +67,6 @@ def listening(hear: Callable[[Any], None]) -> Any:
             yield from super().search(arena)
 
     return Listens
-
-
-# -------------------------------------------------------------------------------------------------- interrupted
-
-
-@pytest.mark.parametrize("budget", [None, Budget(evals=999)], ids=["once", "budget"])
-def test_an_interrupt_within_a_round_keeps_what_it_had_made(budget: Budget | None) -> None:
-    out = played(RandomSearch(16), ["a"], budget, reward=Stopping(15), chunk=1)
-    found = out.trace.searches[0]
-    pool = SteeredPipeline(MODEL, BestOfN(14, eta=0.0), reward)(["a"], num_inference_steps=STEPS, seed=3)
-    assert found.stopped == "interrupted" and found.scored == 14 and found.spent.evals == 14 * STEPS
-    assert out.rewards.max() == pytest.approx(float(pool.rewards.max()), abs=1e-5)
-
-
-def test_an_interrupt_within_the_drafts_still_makes_one_in_full_and_one_within_the_finals_keeps_those_before() -> None:
-    drafts = played(RandomSearch(16), ["a"], draft=Draft(steps=4, finalists=4), reward=Stopping(15), chunk=1)
-    finals = played(RandomSearch(16), ["a"], draft=Draft(steps=4, finalists=4), reward=Stopping(19), chunk=1)
-    for out, made in ((drafts, 1), (finals, 2)):
-        found = out.trace.searches[0]
-        assert found.stopped == "interrupted" and found.gap is not None and len(found.gap.finals) == made
-    assert drafts.trace.searches[0].spent.evals == 14 * 4 + STEPS and finals.trace.searches[0].spent.evals == 16 * 4 + 2 * STEPS
-
-
-def test_an_interrupt_keeps_what_a_function_said() -> None:
-    calls: list[int] = []
-
-    def tired(z: Tensor) -> Tensor:
-        calls.append(0)
-        if len(calls) == 7:
-            raise KeyboardInterrupt
-        return peaks(z)
-
-    found = maximise(tired, (4,), RandomSearch(16))
-    assert found.stopped == "interrupted" and found.scored == 6
 
 
 # ----------------------------------------------------------------------------------------------------- stages
