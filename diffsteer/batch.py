@@ -106,7 +106,7 @@ class Maker:
                 self._stop()
                 raise
             self._send(*batch)
-            if made is not None and _interrupted(made):  # nothing more is begun
+            if made is not None and made.interrupted:  # nothing more is begun
                 self.settle()
 
     def _send(self, items: list[Item], rest: Callable[[], SteeredOutput]) -> None:
@@ -134,7 +134,7 @@ class Maker:
     def _end(self, items: list[Item], rest: Callable[[], SteeredOutput]) -> None:
         out = rest()
         self.folder.add(items, out, self.seed, self.output)
-        if _interrupted(out):
+        if out.interrupted:
             raise KeyboardInterrupt
 
     def _failed(self, items: list[Item], error: Exception) -> None:
@@ -174,11 +174,6 @@ class Maker:
         self.folder.leases.release(items)
         if self.done is not None:
             self.done(len(items))
-
-
-def _interrupted(out: SteeredOutput) -> bool:
-    """Was it a search that Ctrl-C ended before its budget was spent?"""
-    return any(found.stopped == "interrupted" for found in out.trace.searches)
 
 
 def _of_all(error: Exception) -> bool:

@@ -83,29 +83,33 @@ class Finals:
             if any(final.reward >= self.render.solved for final in run.finals):
                 run.stop("solved")
 
-    def rendered(self, runs: Sequence[Run]) -> list[Found]:
-        """The best drafts of each prompt at full quality, ranked anew; on Ctrl-C what there is of them, or the drafts."""
+    def complete(self, runs: Sequence[Run]) -> None:
+        """Make the best drafts of each prompt in full; after Ctrl-C one of each that has none.
+
+        Raises:
+            KeyboardInterrupt: not all of them were made.
+        """
         try:
             self.make([(run, draft) for run in runs for draft in self.chosen(run)])
         except KeyboardInterrupt:
             for run in runs:
                 run.stopped = "interrupted"
-        found = []
-        for run in runs:
-            if not run.finals:
-                found.append(found_of(run))
-                continue
+            raise
+
+    def told(self, run: Run) -> Found:
+        """What was made in full of one prompt's drafts, ranked anew."""
+        if not run.finals:
+            return found_of(run)
+        if run.gap is None:
             drafts = [f.drafted for f in run.finals if f.drafted is not None]
-            before, made = run.judge, run.scored
-            run.judge = self.render.judge(run.prompt, run.purse)
+            before, run.judge = run.judge, self.render.judge(run.prompt, run.purse)
             run.pool(run.finals)
             if run.judge.interrupted:
                 run.stopped = "interrupted"
-            gap = gap_of(drafts, run.finals, before, run.judge, together=run.ground.alike(self.render))
-            run.scored = made + len(run.finals)
+            run.gap = gap_of(drafts, run.finals, before, run.judge, together=run.ground.alike(self.render))
+            run.scored += len(run.finals)
             run.history.append((run.purse.spent.evals, self.clock.elapsed, run.finished[0].reward))
-            found.append(found_of(run, gap))
-        return found
+        return found_of(run)
 
     def chosen(self, run: Run) -> list[Outcome]:
         """The drafts that are still to be made in full."""

@@ -21,11 +21,11 @@ Ask = tuple[int, int, Trial]  # of which prompt, under which slot, what
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C within a round: `done` are the outcomes that there were already, by place."""
+    """Ctrl-C within a round: `done` are the outcomes that there were already, `lost` what was spent on others, by place."""
 
-    def __init__(self, done: dict[int, Outcome]) -> None:
+    def __init__(self, done: dict[int, Outcome], lost: dict[int, Cost]) -> None:
         super().__init__()
-        self.done = done
+        self.done, self.lost = done, lost
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class FunctionGround(Ground):
             for _, slot, trial in asks:
                 outcomes.append(self._called(slot, trial))
         except KeyboardInterrupt as stop:
-            raise Interrupted(dict(enumerate(outcomes))) from stop
+            raise Interrupted(dict(enumerate(outcomes)), {}) from stop
         return outcomes
 
     def _called(self, slot: int, trial: Trial) -> Outcome:

@@ -25,7 +25,7 @@ class Run:
         first: the first trial that was asked for.
         finished: finished samples, the best first. values: by the judge, one each.
         waiting: states of the last round that are not finished.
-        finals: of drafts, what was made in full already, and from which draft.
+        finals: of drafts, what was made in full already, and from which draft. gap: between the two, once all is made.
     """
 
     def __init__(self, prompt: int, search: Search, ground: Ground, purse: Purse, finalists: int) -> None:
@@ -52,6 +52,7 @@ class Run:
         self.values: list[float] = []
         self.waiting: list[Outcome] = []
         self.finals: list[Outcome] = []
+        self.gap: Gap | None = None
         self.scored, self.stopped = 0, "done"
         self.history: list[tuple[int, float, float]] = []
         self.advance(None)
@@ -143,7 +144,7 @@ class Run:
 
     def late(self) -> list[Ask]:
         """Where the budget ended on the way: as many of the best there as it still pays for are brought to the end; after
-        Ctrl-C the best one, or, where there is nothing yet, the first chain."""
+        Ctrl-C the best one, or, where there is nothing yet, a plain chain from the first noise."""
         if self.empty:
             return [self.ask(_plain(self.first))] if self.first is not None else []
         asks: list[Ask] = []
@@ -156,15 +157,16 @@ class Run:
 
 
 def carried(ground: Ground, asks: Sequence[Ask], purses: Sequence[Purse]) -> tuple[dict[int, Outcome], bool]:
-    """What became of trials, by place, and is that all of them? Ctrl-C ends a round on its way; what was not done is given back
-    to the purses, one a trial."""
+    """What became of trials, by place, and is that all of them? Ctrl-C ends a round on its way; what that saved goes back to
+    the purses, one a trial."""
     try:
         return dict(enumerate(ground.carry(asks))), True
     except KeyboardInterrupt as stop:
-        done = stop.done if isinstance(stop, Interrupted) else {}
+        done, lost = (stop.done, stop.lost) if isinstance(stop, Interrupted) else ({}, {})
         for i, (_, _, trial) in enumerate(asks):
             if i not in done:
                 purses[i].pay(ground.price(trial), -1)
+                purses[i].pay(lost.get(i, Cost()))
         return done, False
 
 
@@ -183,7 +185,7 @@ def _same(a: Outcome, b: Outcome, eta: float) -> bool:
     return plain and torch.equal(a.trial.x, b.trial.x)
 
 
-def found_of(run: Run, gap: Gap | None = None) -> Found:
+def found_of(run: Run) -> Found:
     """The best and the different ones of what is finished."""
     whole = [(o, v) for o, v in zip(run.finished, run.values, strict=True) if o.sample is not None][: run.whole]
     pool: list[tuple[Outcome, float]] = []
@@ -203,6 +205,6 @@ def found_of(run: Run, gap: Gap | None = None) -> Found:
         diagnoses=tuple(d for d in (o.diagnosis() for o in kept) if d is not None),
         diversity=diversity(features[chosen]),
         pool_diversity=diversity(features),
-        gap=gap,
+        gap=run.gap,
         stopped=run.stopped,
     )

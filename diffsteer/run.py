@@ -61,6 +61,11 @@ class SteeredOutput:
     held_out: dict[str, HeldOut] = field(default_factory=dict)
 
     @property
+    def interrupted(self) -> bool:
+        """Is it the best so far of a search that Ctrl-C ended?"""
+        return any(found.stopped == "interrupted" for found in self.trace.searches)
+
+    @property
     def diversity(self) -> list[Diversity]:
         """Of each prompt's samples: how far apart they are, and how many different ones they amount to. Of pictures by their
         colours on a coarse grid (`diffsteer.diversity.features_of`)."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,6 +27,7 @@ from diffsteer.session import Session
 from diffsteer.session_ground import SessionGround
 from diffsteer.trial import Search
 from diffsteer.types import Context, DiffsteerError, Trace
+from diffsteer.warn import warn
 
 
 def maximise(
@@ -56,10 +56,9 @@ def _warn(search: Search, found: Sequence[Found]) -> None:
     """Say that a result's noise is off the prior."""
     off = [f.diagnoses[0] for f in found if f.diagnoses and f.diagnoses[0].off]
     if off:
-        warnings.warn(
+        warn(
             f"{search.name}: the noise that was found is not what the model was trained on ({off[0]}, in standard deviations "
-            "of white noise): its samples may be worse than their rewards say",
-            stacklevel=4,
+            "of white noise): its samples may be worse than their rewards say"
         )
 
 
@@ -174,7 +173,7 @@ def _output(
             looked.score(samples, session.steps, session.steps)
     except KeyboardInterrupt:
         found = [replace(f, stopped="interrupted") for f in found]
-        warnings.warn("stopped while what was found was scored anew: what that would have said is left out", stacklevel=4)
+        warn("the search was stopped while what it found was scored anew: what that would have said is left out")
     chosen = torch.tensor([positions(row[: len(f.values)])[0] for row, f in zip(deciding, found, strict=True)])
     held = {name: scores.masked_fill(weights == -math.inf, math.nan) for name, scores in looked.aside_scores.items()}
     grouped = samples.view(groups, kept, *samples.shape[1:])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 
 from diffsteer.budget import Budget, Cost, Purse, Stopwatch
@@ -12,6 +11,7 @@ from diffsteer.ground import Ask, Ground
 from diffsteer.playing import Run, carried, found_of
 from diffsteer.trial import Outcome, Search
 from diffsteer.types import DiffsteerError
+from diffsteer.warn import warn
 
 
 def explore(
@@ -35,7 +35,7 @@ def explore(
     Raises:
         DiffsteerError: a budget that does not pay for a single sample, or that limits nothing that the search spends.
         KeyboardInterrupt: a second Ctrl-C, before every prompt had a sample; the first one ends the search with what there is,
-            and with the first chain of a prompt that has nothing.
+            and with a plain chain of a prompt that has nothing.
     """
     budget = budget or Budget()
     clock = stopwatch or Stopwatch(budget.seconds)
@@ -61,20 +61,28 @@ def explore(
     except KeyboardInterrupt:
         stops = 1
         _interrupt(runs)
+        _notice(search, runs, ground)
     while stops < 2:
         try:
             _finish(runs, ground, clock)
+            if drafts is not None:
+                drafts.complete(runs)
             break
         except KeyboardInterrupt:
             stops += 1
+            if stops == 1:
+                _notice(search, runs, ground)
     for run in runs:
-        if not run.finished:
+        if not run.finished or (stops > 1 and drafts is not None and not run.finals):
             if run.stopped == "interrupted":
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt("a callback interrupted the pipeline" if ground.over else "")
             raise DiffsteerError(f"{search.name}: the budget does not pay for one sample: {_price_of_one(ground, render)}")
-    if drafts is not None:
-        return drafts.rendered(runs)
-    return [found_of(run) for run in runs]
+    told = found_of if drafts is None else drafts.told
+    try:
+        return [told(run) for run in runs]
+    except KeyboardInterrupt:
+        _interrupt(runs, all_of_them=True)
+        return [told(run) for run in runs]
 
 
 def _granted(runs: Sequence[Run]) -> list[Ask]:
@@ -102,12 +110,6 @@ def _carry(runs: Sequence[Run], asks: Sequence[Ask], ground: Ground, clock: Stop
 
 def _finish(runs: Sequence[Run], ground: Ground, clock: Stopwatch) -> None:
     """Bring to its end what is under way."""
-    if any(run.empty for run in runs) and not ground.over:
-        warnings.warn(
-            "stopped before there was a sample of every prompt: those that have none get a plain one; "
-            "another Ctrl-C ends at once, without anything",
-            stacklevel=5,
-        )
     late = {run.prompt: run.late() for run in runs}
     try:
         if any(late.values()):
@@ -119,10 +121,22 @@ def _finish(runs: Sequence[Run], ground: Ground, clock: Stopwatch) -> None:
         raise
 
 
-def _interrupt(runs: Sequence[Run]) -> None:
+def _interrupt(runs: Sequence[Run], all_of_them: bool = False) -> None:
     for run in runs:
-        if run.trials is not None or not run.finished or run.judge.interrupted:
+        if all_of_them or run.trials is not None or not run.finished or run.judge.interrupted:
             run.stop("interrupted")
+
+
+def _notice(search: Search, runs: Sequence[Run], ground: Ground) -> None:
+    """Say what Ctrl-C does, since whoever called goes on."""
+    if ground.over:
+        return
+    empty = sum(run.empty for run in runs)
+    plain = f"{empty} of {len(runs)} prompts, which have nothing yet, get a plain chain, " if empty else ""
+    warn(
+        f"{search.name} was stopped after {ground.ledger.evaluations} evaluations: {plain}the best so far is brought to its "
+        "end and returned; another Ctrl-C before that ends at once, without it"
+    )
 
 
 def _stop_solved(runs: Sequence[Run], solved: float) -> None:

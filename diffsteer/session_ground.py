@@ -89,18 +89,33 @@ class SessionGround(Ground):
             alike = (t.start, t.stop, t.look, t.eta, t.scored, kind, t.through, t.checkpoint, t.fresh, t.injected is None)
             groups.setdefault(alike, []).append(i)
         found: dict[int, Outcome] = {}
+        lost: dict[int, Cost] = {}
         for members in groups.values():
             work = self._forward if asks[members[0]][2].gradient is False else self._gradient
 
             def one_block(block: list[int], members: list[int] = members, work: Any = work) -> None:
                 mine = [members[i] for i in dict.fromkeys(block)]
-                found.update(zip(mine, work([asks[i] for i in mine]), strict=True))
+                before = self._counted()
+                try:
+                    found.update(zip(mine, work([asks[i] for i in mine]), strict=True))
+                except KeyboardInterrupt:
+                    each = (-(-(b - a) // len(mine)) for a, b in zip(before, self._counted(), strict=True))
+                    lost.update(dict.fromkeys(mine, Cost(*each)))
+                    raise
 
             try:
                 self.session.cut.run(len(members), one_block)
             except KeyboardInterrupt as stop:
-                raise Interrupted(found) from stop
+                raise Interrupted(found, lost) from stop
         return [found[i] for i in range(len(asks))]
+
+    def _counted(self) -> Cost:
+        ledger = self.ledger
+        return Cost(ledger.evaluations, ledger.decodes + ledger.tiny_decodes, ledger.reward_calls, ledger.backwards)
+
+    def _refuse_what_a_callback_cut(self) -> None:
+        if self.over:  # these states are of no level
+            raise KeyboardInterrupt("a callback interrupted the pipeline")
 
     def _forward(self, asks: Sequence[Ask]) -> list[Outcome]:
         """A block of chains, or of parts of them, which are alike."""
@@ -112,8 +127,7 @@ class SessionGround(Ground):
             noise = session.transformed(given, rows) if first.fresh else None
             begun = session.scaled(noise) if noise is not None else given
             x, x0 = (begun, begun) if first.start == stop else session.segment(begun, first.start, stop, rows)
-        if getattr(session, "interrupted", False):  # by a callback of the user's: these states are of no level
-            raise KeyboardInterrupt("a callback interrupted the pipeline")
+        self._refuse_what_a_callback_cut()
         seen = x0
         if first.look and stop < self.steps:
             with torch.no_grad(), session.noisy(0.0):
@@ -190,6 +204,7 @@ class SessionGround(Ground):
                     x = session.segment(begun.detach(), 0, free, rows).x
                 x = x.detach().requires_grad_(True)
             leaf, x = x, session.trajectory(x, free, rows=rows, checkpoints=first.checkpoint)
+            self._refuse_what_a_callback_cut()
             samples = x if session.decoder is None else self._decode_kept(x, first.checkpoint)
             values = self._objective(asks, samples)
             found = list(torch.autograd.grad(values.sum(), [leaf if free else z, *injected], allow_unused=True))

@@ -16,6 +16,7 @@ from diffsteer.rewards.measurements import COLORS, MEASUREMENTS, PRESENT, area, 
 from diffsteer.types import Context, DiffsteerError, check_numbers, nearest
 
 _TOKEN = re.compile(r"\s*(?:((?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)|(#[0-9a-fA-F]{6}|[A-Za-z_]\w*)|(>=|<=|==|[-+*/(),<>]))")
+PLACED = ("x", "y", "speed", "speed_x", "speed_y")  # of what is not there they say nothing
 RELATIONS = {"left_of": ("x", 1), "right_of": ("x", -1), "above": ("y", 1), "below": ("y", -1)}
 GROUPS = ("all_of", "any_of", "weighted")
 BOUNDS = {"less_than": "<", "greater_than": ">", "equal": "=="}
@@ -240,7 +241,8 @@ def error(node: Node, samples: Tensor, margin: float) -> Tensor:
     if node.kind == "all_of":
         return torch.stack([error(p, samples, margin) for p in node.parts]).sum(0)
     if node.kind == "any_of":
-        return torch.stack([error(p, samples, margin) for p in node.parts]).min(0).values
+        errors = torch.stack([error(p, samples, margin) for p in node.parts])
+        return torch.where(errors.isnan(), math.inf, errors).min(0).values
     if node.kind == "weighted":
         return node.parts[0].value * error(node.parts[1], samples, margin)
     if node.kind in RELATIONS:
@@ -249,11 +251,12 @@ def error(node: Node, samples: Tensor, margin: float) -> Tensor:
         apart = sign * (measure(axis, samples, b) - measure(axis, samples, a))
         return (margin - apart).clamp(min=0) + _absent(samples, a) + _absent(samples, b)
     a_, b_ = (value(p, samples) for p in node.parts)
-    if node.kind == "==":
-        return (a_ - b_).abs()
-    short = b_ - a_ if node.kind in (">", ">=") else a_ - b_
     strict = margin if node.kind in (">", "<") else 0.0
-    return (short + strict).clamp(min=0)
+    short = b_ - a_ if node.kind in (">", ">=") else a_ - b_
+    found = short.abs() if node.kind == "==" else (short + strict).clamp(min=0)
+    for color in dict.fromkeys(str(n.color) for n in parts_of(node) if n.kind in PLACED):
+        found = found + _absent(samples, color)
+    return found
 
 
 def _absent(samples: Tensor, color: str) -> Tensor:
@@ -275,6 +278,7 @@ class Program(Reward):
 
     Constraints compare sums and products of measurements and numbers (``area(red) > 2 * area(blue)``), or say where colours are
     (``left_of(red, blue)``); ``all_of`` adds their errors, ``any_of`` takes the least, ``weighted(2, ...)`` multiplies.
+    A comparison of places or speeds is not satisfied while their colours are not there.
     ``less_than(a, b)``, ``greater_than(a, b)`` and ``equal(a, b)`` are other spellings of ``<``, ``>`` and ``==``.
 
     | measurement | of | range |

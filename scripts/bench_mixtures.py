@@ -73,6 +73,8 @@ def mixtures() -> None:
         for evals in (16, 64, 256):
             steered = SteeredPipeline(model, search, reward, budget=Budget(evals=evals), draft=draft)
             out = steered(["x"] * TRIES, num_inference_steps=STEPS, seed=0)
+            if out.interrupted:
+                raise KeyboardInterrupt
             found[name, evals] = -out.rewards.max(1).values.numpy()
     print("| search | " + " | ".join(f"regret at {e} (95 %), against best of N" for e in (16, 64, 256)) + " |")
     print("|" + "---|" * 4)

@@ -65,6 +65,8 @@ def run(work: Path, cases: int, iterations: int, rate: float, development: bool)
 
                 steered = SteeredPipeline(full, sampler, reward, draft=drafts)
                 out = steered([case["caption"]], seed=0, ids=[case["id"]], watch=watch)
+                if out.interrupted:  # no result of the method
+                    raise KeyboardInterrupt
                 best = out.samples[:, 0].float()
                 record = case | {
                     "method": method,

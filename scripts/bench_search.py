@@ -54,6 +54,8 @@ CAPTIONS_A_TASK, SEEDS, BATCH, MOST, PLAIN = 20, 2, 12, 32, 60
 BUDGETS = (2, 4, 8, 16)
 EMBEDDED = Context(1, 1, True)
 Made = tuple[Any, Any]  # a sampler, and its drafts
+Interval = tuple[float, float, float]  # mean, low, high
+Point = tuple[float, float, Interval, Interval, Interval]  # evaluations, time, and by them right, reward, held-out reward
 
 
 def halving(share: float, **options: Any) -> Callable[[int], Made]:
@@ -188,6 +190,8 @@ def run(work: Path, methods: list[str], budgets: list[int], shard: tuple[int, in
             unit = plain_seconds(pipe)
             searching = {} if budget is None else {"budget": budget, "draft": draft if draft is not None else False}
             out = SteeredPipeline(pipe, sampler, reward, output="all", chunk=64, **searching)(texts, seed=0, ids=ids, **steps)
+            if out.interrupted:  # no result of the method
+                raise KeyboardInterrupt
             for i, case in enumerate(cases):
                 samples = out.samples[i].float()
                 shown = samples if method in POOLS else samples[out.chosen[i]][None]
@@ -237,10 +241,10 @@ def by_method(records: list[Case]) -> dict[tuple[str, int], dict[str, Case]]:
 
 def show(work: Path | None, development: bool, plot: Path | None) -> None:
     table = by_method(read(work, development))
-    heads = ("method", "budget", "right (95 %)", "against best of N at the same budget", "reward", "held-out", "evaluations")
-    print("| " + " | ".join([*heads, "decodes", "reward calls", "time, in plain runs"]) + " |")
+    heads = ["method", "budget", "right (95 %)", "against best of N at the same budget", "reward (95 %)", "held-out (95 %)"]
+    print("| " + " | ".join([*heads, "evaluations", "decodes", "reward calls", "time, in plain runs"]) + " |")
     print("|" + "---|" * 10)
-    points: dict[str, list[tuple[float, float, float, float, float]]] = defaultdict(list)
+    points: dict[str, list[Point]] = defaultdict(list)
     for (method, units), by_case in sorted(table.items(), key=lambda kv: (kv[0][0] != "best of N", kv[0])):
         ids = sorted(by_case)
         if len(ids) < len(cases_of(development)):  # under way
@@ -256,10 +260,11 @@ def show(work: Path | None, development: bool, plot: Path | None) -> None:
         )  # fmt: skip
         averages = [np.mean([by_case[i][k] for i in ids]) for k in ("evaluations", "decodes", "reward_calls")]
         averages.append(np.mean([by_case[i]["seconds"] / by_case[i]["plain_seconds"] for i in ids]))
-        reward, held = (np.mean([by_case[i][k][0] for i in ids]) for k in ("rewards", "second"))
+        scores = [interval(np.array([by_case[i][k][0] for i in ids]), clusters) for k in ("rewards", "second")]
+        reward, held = (f"{m:.1f} ({a:.1f}, {b:.1f})" for m, a, b in scores)
         label = LABELS.get(method, method)
-        points[label].append((averages[0], averages[3], mean, low, high))
-        print(f"| {label} | {units} | {mean:.3f} ({low:.3f}, {high:.3f}) | {gain} | {reward:.1f} | {held:.1f} | "
+        points[label].append((averages[0], averages[3], (mean, low, high), *scores))
+        print(f"| {label} | {units} | {mean:.3f} ({low:.3f}, {high:.3f}) | {gain} | {reward} | {held} | "
               f"{averages[0]:.0f} | {averages[1]:.0f} | {averages[2]:.0f} | {averages[3]:.2f} |")  # fmt: skip
     if plot is not None:
         draw(points, plot)
@@ -269,26 +274,29 @@ def signed(values: tuple[float, float, float]) -> str:
     return f"{values[0]:+.3f} ({values[1]:+.3f}, {values[2]:+.3f})"
 
 
-def draw(points: dict[str, list[tuple[float, float, float, float, float]]], path: Path) -> None:
+def draw(points: dict[str, list[Point]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(12.5, 4.2), sharey=True)
-    for axis, column, what in ((axes[0], 0, "evaluations"), (axes[1], 1, "time, in plain runs")):
-        for n, (name, values) in enumerate(points.items()):
-            rows = sorted(values)
-            bold = name == "best of N"
-            axis.plot([r[column] for r in rows], [r[2] for r in rows], "o--" if n > 9 else "o-", ms=4,
-                      lw=2.5 if bold else 1.2, color="black" if bold else f"C{n % 10}", label=name)  # fmt: skip
-        axis.set_xscale("log", base=2)
-        axis.set_xlabel(what)
-        axis.grid(alpha=0.3)
-    best = points.get("best of N", [])
-    axes[0].fill_between([r[0] for r in best], [r[3] for r in best], [r[4] for r in best], color="black", alpha=0.12, lw=0)
-    axes[0].set_ylabel("right, by the checker")
-    axes[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
+    figure, axes = plt.subplots(3, 2, figsize=(12.5, 11), sharex="col", sharey="row")
+    for line, what in enumerate(("right, by the checker", "the reward that searches", "held-out reward")):
+        for column, against in enumerate(("evaluations", "time, in plain runs")):
+            axis = axes[line, column]
+            for n, (name, values) in enumerate(points.items()):
+                rows = sorted(values)
+                bold = name == "best of N"
+                at, means = [r[column] for r in rows], [r[2 + line][0] for r in rows]
+                axis.plot(at, means, "o--" if n > 9 else "o-", ms=4, lw=2.5 if bold else 1.2,
+                          color="black" if bold else f"C{n % 10}", label=name)  # fmt: skip
+                if bold:
+                    axis.fill_between(at, *zip(*(r[2 + line][1:] for r in rows), strict=True), color="black", alpha=0.12, lw=0)
+            axis.set_xscale("log", base=2)
+            axis.grid(alpha=0.3)
+            axes[2, column].set_xlabel(against)
+        axes[line, 0].set_ylabel(what)
+    axes[0, 1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

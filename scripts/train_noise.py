@@ -251,6 +251,8 @@ def stage_show(work: Path, iterations: int, captions: int) -> None:
     for name, (sampler, start) in runs.items():
         began = time.perf_counter()
         out = SteeredPipeline(pipe, sampler, reward, start=start, draft=False, chunk=24)(texts, seed=0, ids=ids)
+        if out.interrupted:
+            raise KeyboardInterrupt
         seconds = (time.perf_counter() - began) / len(texts)
         best = out.samples[torch.arange(len(texts)), out.chosen].float()
         scores = out.rewards[torch.arange(len(texts)), out.chosen].numpy()

@@ -20,7 +20,7 @@ COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_path
 PLUGINS = sorted([*(ROOT / "samplers").glob("*.py"), *(ROOT / "rewards").glob("*.py")])
 # what a lower floor may not know; later names may import earlier ones only
 FLOORS = [
-    ["rng", "algebra", "ledger", "types"],
+    ["rng", "algebra", "ledger", "types", "warn"],
     ["timing"],
     ["blocks", "media", "fingerprint", "budget", "proposals", "prior", "diversity", "files"],
     ["start"],

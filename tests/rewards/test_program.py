@@ -104,6 +104,34 @@ def test_programs(text: str, satisfied: bool | None) -> None:
     assert satisfied is not None or score > -0.01
 
 
+@pytest.mark.parametrize("text", [
+    "x(green) < 0.9", "y(green) >= 0.1", "x(green) == 0.5", "x(red) < x(green) + 0.9", "-x(green) < 1", "left_of(red, green)",
+    "any_of(y(green) <= 1, x(red) > 0.9)",
+])  # fmt: skip
+def test_what_is_not_there_is_in_no_place(text: str) -> None:
+    missing, there = TWO[None], box(TWO, "green", 24, 26, 12, 12)[None]
+    assert float(Program(text).score(missing, ["any"], CTX)) < -0.2
+    assert float(Program(text).score(there, ["any"], CTX)) > -0.05
+
+
+def test_what_is_not_there_does_not_move() -> None:
+    empty = torch.stack([blank()] * 4)[None]
+    still = torch.stack([box(blank(), "red", 5, 5, 8, 8)] * 4)[None]
+    for text in ("speed(red) < 0.05", "speed_x(red) == 0", "speed_y(red) <= 0"):
+        assert float(Program(text).score(empty, ["any"], CTX)) < -0.9
+        assert float(Program(text).score(still, ["any"], CTX)) > -1e-3
+
+
+@pytest.mark.parametrize("text, satisfied", [
+    ("any_of(count(red) / count(green) > 0, area(red) > 0.01)", True), ("any_of(area(red) > 0.01, 1 / 0 > 1)", True),
+    ("any_of(any_of(1 / 0 > 1, 2 / 0 > 1), area(red) > 0.01)", True), ("any_of(1 / 0 > 1, 2 / 0 > 1)", None),
+    ("all_of(area(red) > 0.01, any_of(1 / 0 > 1))", None), ("any_of(1 / 0 > 1, area(red) > 0.99)", False),
+])  # fmt: skip
+def test_an_alternative_that_is_no_number_leaves_the_others(text: str, satisfied: bool | None) -> None:
+    score = float(Program(text).score(TWO[None], ["any"], CTX))
+    assert math.isnan(score) if satisfied is None else (score == 0) == satisfied
+
+
 def test_the_algebra_is_that_of_errors() -> None:
     """all_of adds, any_of takes the least, weighted multiplies (Liu et al., 2024)."""
     a, b = "x(red) > 0.9", "y(blue) < 0.1"

@@ -190,7 +190,7 @@ def test_a_draft_that_is_perfect_ends_nothing_before_its_final_is() -> None:
         assert found.stopped == "solved"  # there are plenty, and 2,000 evaluations find one
 
 
-def test_stopping_while_finals_are_made_leaves_the_drafts() -> None:
+def test_stopping_while_finals_are_made_still_makes_one() -> None:
     calls = itertools.count()
 
     def impatient(x: Tensor, prompts: object) -> Tensor:
@@ -200,8 +200,8 @@ def test_stopping_while_finals_are_made_leaves_the_drafts() -> None:
 
     out = run(RandomSearch(5), reward=impatient, draft=Draft(steps=3, finalists=2))
     found = out.trace.searches[0]
-    assert found.stopped == "interrupted" and found.gap is None and found.scored == 5
-    assert float(out.rewards[0, 0]) == found.history[-1][2]
+    assert found.stopped == "interrupted" and found.gap is not None and len(found.gap.finals) == 1 and found.scored == 6
+    assert float(out.rewards[0, 0]) == found.history[-1][2] == found.gap.finals[0]
 
 
 def test_only_searches_that_were_going_on_are_interrupted() -> None:
