@@ -205,6 +205,7 @@ def _overrides_first(argv: list[str]) -> list[str]:
 def _warnings_in_a_line() -> Iterator[None]:
     """Warnings as the command's own words, not as places in its code; what is said again, with other numbers, is counted."""
     from diffsteer.config import one_line
+    from diffsteer.warn import Notice
 
     said: dict[str, list[str]] = {}
 
@@ -217,6 +218,7 @@ def _warnings_in_a_line() -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("always", category=UserWarning, module=r"diffsteer\.")
+        warnings.filterwarnings("always", category=Notice)
         warnings.showwarning = show
         try:
             yield

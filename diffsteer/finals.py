@@ -45,7 +45,7 @@ class Finals:
 
     def make(self, chosen: Sequence[tuple[Run, Outcome]]) -> None:
         """Finals of drafts, paid from what was kept back."""
-        asks = []
+        asks, pending = [], self.clock.pending
         for run, draft in chosen:
             run.purse.reserve = Cost(*(max(0, a - b) for a, b in zip(run.purse.reserve, self.price, strict=True)))
             again = Trial(draft.x, self.render.steps, injected=draft.trial.injected, **draft.line)
@@ -53,8 +53,8 @@ class Finals:
                 assert draft.root is not None
                 again = Trial(draft.root, fresh=True, root=draft.root)
             asks.append(run.ask(again, self.render))
-        self.clock.pending -= sum(self.render.price(t).work for _, _, t in asks)
         done, whole = carried(self.render, asks, [run.purse for run, _ in chosen])
+        self.clock.pending = pending
         for i, final in sorted(done.items()):
             run, final.drafted = chosen[i]
             run.finals.append(final)
@@ -89,11 +89,13 @@ class Finals:
         Raises:
             KeyboardInterrupt: not all of them were made.
         """
+        asked = [(run, draft) for run in runs for draft in self.chosen(run)]
         try:
-            self.make([(run, draft) for run in runs for draft in self.chosen(run)])
+            self.make(asked)
         except KeyboardInterrupt:
-            for run in runs:
-                run.stopped = "interrupted"
+            for run, draft in asked:
+                if all(final.drafted is not draft for final in run.finals):
+                    run.stopped = "interrupted"
             raise
 
     def told(self, run: Run) -> Found:

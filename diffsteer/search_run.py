@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +28,7 @@ from diffsteer.session import Session
 from diffsteer.session_ground import SessionGround
 from diffsteer.trial import Search
 from diffsteer.types import Context, DiffsteerError, Trace
-from diffsteer.warn import warn
+from diffsteer.warn import Notice, warn
 
 
 def maximise(
@@ -173,7 +174,9 @@ def _output(
             looked.score(samples, session.steps, session.steps)
     except KeyboardInterrupt:
         found = [replace(f, stopped="interrupted") for f in found]
-        warn("the search was stopped while what it found was scored anew: what that would have said is left out")
+        told = f"was stopped after {ledger.evaluations} evaluations, while what it found was scored anew"
+        with suppress(Notice):
+            warn(f"the search {told}: what that would have said is left out")
     chosen = torch.tensor([positions(row[: len(f.values)])[0] for row, f in zip(deciding, found, strict=True)])
     held = {name: scores.masked_fill(weights == -math.inf, math.nan) for name, scores in looked.aside_scores.items()}
     grouped = samples.view(groups, kept, *samples.shape[1:])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 
 from diffsteer.budget import Budget, Cost, Purse, Stopwatch
 from diffsteer.finals import Finals, price_of_final, reserve, whole_chain
@@ -11,7 +12,7 @@ from diffsteer.ground import Ask, Ground
 from diffsteer.playing import Run, carried, found_of
 from diffsteer.trial import Outcome, Search
 from diffsteer.types import DiffsteerError
-from diffsteer.warn import warn
+from diffsteer.warn import Notice, warn
 
 
 def explore(
@@ -47,10 +48,10 @@ def explore(
             finalists = reserve(purse, price_of_final(render, remake), finalists, render.compared)
     runs = [Run(p, search, ground, purse, finalists) for p, purse in enumerate(purses)]
     drafts = Finals(render, remake, finalists, clock) if render is not None else None
-    stops = 0  # how often Ctrl-C came
+    stops = Stops(search, runs, [ground] if render is None else [ground, render])
     try:
         while asks := _granted(_first(runs, clock)) or _granted(runs):
-            _carry(runs, asks, ground, clock)
+            _carry(runs, asks, ground, clock, stops)
             if drafts is not None:
                 drafts.early(runs)
             else:
@@ -58,24 +59,21 @@ def explore(
             if watch is not None:
                 best = tuple(r.finished[0].reward if r.finished else float("nan") for r in runs)
                 watch(Progress(best, sum(p.share() for p in purses) / len(purses), ground.ledger.evaluations))
-    except KeyboardInterrupt:
-        stops = 1
+    except KeyboardInterrupt as stop:
         _interrupt(runs)
-        _notice(search, runs, ground)
-    while stops < 2:
+        stops.note(stop)
+    while not stops.at_once:
         try:
-            _finish(runs, ground, clock)
+            _finish(runs, ground, clock, stops)
             if drafts is not None:
                 drafts.complete(runs)
             break
-        except KeyboardInterrupt:
-            stops += 1
-            if stops == 1:
-                _notice(search, runs, ground)
+        except KeyboardInterrupt as stop:
+            stops.note(stop)
     for run in runs:
-        if not run.finished or (stops > 1 and drafts is not None and not run.finals):
-            if run.stopped == "interrupted":
-                raise KeyboardInterrupt("a callback interrupted the pipeline" if ground.over else "")
+        if not run.finished or (stops.at_once and drafts is not None and not run.finals):
+            if stops.count:
+                raise KeyboardInterrupt("a callback interrupted the pipeline" if stops.over else "")
             raise DiffsteerError(f"{search.name}: the budget does not pay for one sample: {_price_of_one(ground, render)}")
     told = found_of if drafts is None else drafts.told
     try:
@@ -95,25 +93,70 @@ def _first(runs: Sequence[Run], clock: Stopwatch) -> Sequence[Run]:
     return waiting if clock.limit is not None and waiting else runs
 
 
-def _carry(runs: Sequence[Run], asks: Sequence[Ask], ground: Ground, clock: Stopwatch) -> None:
+class Noted(KeyboardInterrupt):
+    """Ctrl-C that was noted already."""
+
+
+class Stops:
+    """How often Ctrl-C came: the first one ends a search with the best so far, another one at once; so does a user's callback
+    that ended the pipeline."""
+
+    def __init__(self, search: Search, runs: Sequence[Run], grounds: Sequence[Ground]) -> None:
+        self.search, self.runs, self.grounds, self.count = search, runs, grounds, 0
+
+    @property
+    def over(self) -> bool:
+        return any(ground.over for ground in self.grounds)
+
+    @property
+    def at_once(self) -> bool:
+        return self.count > 1 or self.over
+
+    def note(self, stop: KeyboardInterrupt | None = None, done: Collection[int] = ()) -> None:
+        """One more; say what the first one does, since whoever called goes on.
+
+        Args:
+            done: prompts of which something is there though their runs do not know of it yet.
+        """
+        if isinstance(stop, Noted):
+            return
+        self.count += 1
+        if self.count > 1 or self.over:
+            return
+        empty = sum(not (run.finished or run.waiting or run.prompt in done) for run in self.runs)
+        plain = f"{empty} of {len(self.runs)} prompts, which have nothing yet, get a plain chain, " if empty else ""
+        with suppress(Notice):  # where warnings are errors the result matters more
+            warn(
+                f"{self.search.name} was stopped after {self.grounds[0].ledger.evaluations} evaluations: {plain}"
+                "the best so far is brought to its end and returned; another Ctrl-C before that ends at once"
+            )
+
+
+def _carry(runs: Sequence[Run], asks: Sequence[Ask], ground: Ground, clock: Stopwatch, stops: Stops) -> None:
     began = clock.now()
     done, whole = carried(ground, asks, [runs[prompt].purse for prompt, _, _ in asks])
     clock.note(sum(ground.price(trial).work for _, _, trial in asks), clock.now() - began)
     by_prompt: dict[int, list[Outcome]] = {}
     for i, outcome in sorted(done.items()):
         by_prompt.setdefault(asks[i][0], []).append(outcome)
+    if not whole:
+        stops.note(done=by_prompt)
+    before = [run.judge.interrupted for run in runs]
     for prompt, mine in by_prompt.items():
         runs[prompt].told(mine, clock.elapsed, whole)
-    if not whole or any(run.judge.interrupted for run in runs):
-        raise KeyboardInterrupt
+    judged = [run.judge.interrupted for run in runs] == before
+    if not judged:
+        stops.note()
+    if not (whole and judged):
+        raise Noted
 
 
-def _finish(runs: Sequence[Run], ground: Ground, clock: Stopwatch) -> None:
+def _finish(runs: Sequence[Run], ground: Ground, clock: Stopwatch, stops: Stops) -> None:
     """Bring to its end what is under way."""
     late = {run.prompt: run.late() for run in runs}
     try:
         if any(late.values()):
-            _carry(runs, [ask for asks in late.values() for ask in asks], ground, clock)
+            _carry(runs, [ask for asks in late.values() for ask in asks], ground, clock, stops)
     except KeyboardInterrupt:
         for prompt, asks in late.items():
             if asks:
@@ -125,18 +168,6 @@ def _interrupt(runs: Sequence[Run], all_of_them: bool = False) -> None:
     for run in runs:
         if all_of_them or run.trials is not None or not run.finished or run.judge.interrupted:
             run.stop("interrupted")
-
-
-def _notice(search: Search, runs: Sequence[Run], ground: Ground) -> None:
-    """Say what Ctrl-C does, since whoever called goes on."""
-    if ground.over:
-        return
-    empty = sum(run.empty for run in runs)
-    plain = f"{empty} of {len(runs)} prompts, which have nothing yet, get a plain chain, " if empty else ""
-    warn(
-        f"{search.name} was stopped after {ground.ledger.evaluations} evaluations: {plain}the best so far is brought to its "
-        "end and returned; another Ctrl-C before that ends at once, without it"
-    )
 
 
 def _stop_solved(runs: Sequence[Run], solved: float) -> None:

@@ -204,11 +204,13 @@ class Session(ABC):
 
         def one_block(block: list[int]) -> Arrival:
             before, real = self.ledger.evaluations, len(set(block))
-            with torch.set_grad_enabled(graph):
-                arrival = self._segment(x[block], start, stop, [rows[i] for i in block])
-            padding = (self.ledger.evaluations - before) * (len(block) - real) // len(block)
-            self.ledger.evaluations -= padding
-            self.ledger.padding += padding
+            try:
+                with torch.set_grad_enabled(graph):
+                    arrival = self._segment(x[block], start, stop, [rows[i] for i in block])
+            finally:  # of what Ctrl-C cut short, too
+                padding = (self.ledger.evaluations - before) * (len(block) - real) // len(block)
+                self.ledger.evaluations -= padding
+                self.ledger.padding += padding
             return Arrival(arrival.x[:real], arrival.x0[:real])
 
         arrivals = self.cut.run(len(rows), one_block)

@@ -232,7 +232,8 @@ def value(node: Node, samples: Tensor) -> Tensor:
         return measure(node.kind, samples, node.color)
     a, b = (value(p, samples) for p in node.parts)
     if node.kind == "/":
-        return torch.where(b == 0, torch.full_like(a, float("nan")), a / b)
+        nowhere = b == 0  # its gradient would be no number where another alternative counts, either
+        return torch.where(nowhere, torch.full_like(a, float("nan")), a / torch.where(nowhere, torch.ones_like(b), b))
     return a + b if node.kind == "+" else a - b if node.kind == "-" else a * b
 
 
@@ -278,7 +279,7 @@ class Program(Reward):
 
     Constraints compare sums and products of measurements and numbers (``area(red) > 2 * area(blue)``), or say where colours are
     (``left_of(red, blue)``); ``all_of`` adds their errors, ``any_of`` takes the least, ``weighted(2, ...)`` multiplies.
-    A comparison of places or speeds is not satisfied while their colours are not there.
+    A comparison of places or speeds is not satisfied unless their colours are there: one percent of the picture each.
     ``less_than(a, b)``, ``greater_than(a, b)`` and ``equal(a, b)`` are other spellings of ``<``, ``>`` and ``==``.
 
     | measurement | of | range |

@@ -132,6 +132,17 @@ def test_an_alternative_that_is_no_number_leaves_the_others(text: str, satisfied
     assert math.isnan(score) if satisfied is None else (score == 0) == satisfied
 
 
+@pytest.mark.parametrize("text", [
+    "any_of((x(red) - 0.5) / (x(green) - x(green)) > 1, area(red) > 0.9)", "any_of(area(red) / (1 - 1) > 1, area(red) > 0.9)",
+])  # fmt: skip
+def test_nor_does_its_gradient_touch_theirs(text: str) -> None:
+    x = TWO[None].clone().requires_grad_(True)
+    alone = Program("area(red) > 0.9").score(x, ["any"], CTX)
+    both = Program(text).score(x, ["any"], CTX)
+    (wanted,), (got,) = (torch.autograd.grad(v.sum(), x, retain_graph=True) for v in (alone, both))
+    assert torch.equal(both, alone) and torch.equal(got, wanted) and bool(wanted.any())
+
+
 def test_the_algebra_is_that_of_errors() -> None:
     """all_of adds, any_of takes the least, weighted multiplies (Liu et al., 2024)."""
     a, b = "x(red) > 0.9", "y(blue) < 0.1"

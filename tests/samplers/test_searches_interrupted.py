@@ -16,11 +16,13 @@ from diffsteer.budget import Budget
 from diffsteer.callable import CallableModel
 from diffsteer.diversity import best_diverse
 from diffsteer.draft import Draft
+from diffsteer.judging import Duel
 from diffsteer.reward import Reward
 from diffsteer.rewards import Brightness
-from diffsteer.samplers import DNO, BestOfN, RandomSearch, ReNO, SuccessiveHalving, ZeroOrder
+from diffsteer.samplers import DNO, Beam, BestOfN, RandomSearch, ReNO, SuccessiveHalving, ZeroOrder
 from diffsteer.search_run import maximise
 from diffsteer.types import Context
+from diffsteer.warn import warn
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*was stopped after")
 
@@ -109,9 +111,65 @@ def test_every_one_of_them_is_told_where_it_was_called() -> None:
     assert not any("plain chain" in str(w.message) for w in said)
 
 
+def test_where_warnings_are_errors_the_result_is_not_lost() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert played(RandomSearch(6), ["a"], None, stopped_at(5)[0]).interrupted
+        with pytest.raises(UserWarning, match="was stopped after 41 evaluations"):
+            warn("it was stopped after 41 evaluations")
+
+
+@pytest.mark.parametrize("number, chunk, at, rows", [(1, 8, 6, 5 + STEPS), (5, 4, 18, 4 * STEPS + 5)])
+def test_rows_that_fill_up_a_block_are_not_counted_as_spent(number: int, chunk: int, at: int, rows: int) -> None:
+    how = {"chunk": chunk, "deterministic": True}
+    model, ran = stopped_at(at, of_rows=True)
+    out = played(RandomSearch(number), ["a"], Budget(evals=number * STEPS), model, **how)
+    assert out.trace.searches[0].spent.evals == out.ledger.evaluations == rows
+    assert out.ledger.padding == ran() - rows
+
+
+class Leaving(Duel):
+    """Ctrl-C at some of its calls."""
+
+    input = "latents"
+
+    def __init__(self, *at: int) -> None:
+        self.at, self.calls = at, 0
+
+    def compare(self, a: Tensor, b: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
+        self.calls += 1
+        if self.calls in self.at:
+            raise KeyboardInterrupt
+        return (a[:, 0] > b[:, 0]).float()
+
+
+@pytest.mark.parametrize("search", [RandomSearch(6), SuccessiveHalving(6), Beam(2, 2)], ids=lambda s: s.name)
+@pytest.mark.parametrize("draft", [False, Draft(steps=6, finalists=2), Draft(reward=Leaving(), finalists=2)])
+def test_in_a_tournament_one_is_not_two(search: Any, draft: Any) -> None:
+    if draft and draft.steps and not search.of_noise:
+        draft = Draft(finalists=2)
+    for at in (1, 2, 3, 5):
+        judge = Leaving(at)
+        out = played(search, ["a", "b"], None, reward=judge, draft=draft)
+        assert all(f.gap is not None or not draft for f in out.trace.searches)
+        assert out.interrupted == (judge.calls >= at)
+
+
+def test_a_tournament_after_a_stop_can_be_stopped_too() -> None:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model, count = stopped_at(8 * STEPS + 5)
+        judge = Leaving(1)
+        out = played(RandomSearch(6), ["a", "b"], None, model, reward=judge, chunk=1)
+    assert out.interrupted and len(said) == 1 and count() == 8 * STEPS + 5 and judge.calls == 3  # the other prompt's
+
+
+@pytest.mark.parametrize("draft", [False, Draft(steps=2, finalists=2)])
 @pytest.mark.parametrize("search", [RandomSearch(2), ReNO(iterations=3), ReNO(iterations=3, checkpoint=False), DNO()])
 @pytest.mark.parametrize("at", [0, 2])
-def test_a_user_s_callback_that_ends_the_pipeline_is_asked_for_nothing_more(toy_pipeline: Any, search: Any, at: int) -> None:
+def test_a_user_s_callback_that_ends_the_pipeline_is_asked_for_nothing_more(
+    toy_pipeline: Any, search: Any, at: int, draft: Any
+) -> None:
     steps: list[int] = []
 
     def enough(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +178,9 @@ def test_a_user_s_callback_that_ends_the_pipeline_is_asked_for_nothing_more(toy_
             pipe._interrupt = True
         return {}
 
-    steered = SteeredPipeline(toy_pipeline, search, Brightness(), draft=False)
+    if draft and not search.of_noise:
+        pytest.skip("no function of its first noise")
+    steered = SteeredPipeline(toy_pipeline, search, Brightness(), draft=draft)
     with warnings.catch_warnings(), pytest.raises(KeyboardInterrupt, match="a callback interrupted the pipeline"):
         warnings.simplefilter("error", UserWarning)
         steered("a star", num_inference_steps=4, seed=0, callback_on_step_end=enough)
