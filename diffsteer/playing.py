@@ -147,8 +147,10 @@ class Run:
         Ctrl-C the best one, or, where there is nothing yet, a plain chain from the first noise."""
         if self.empty:
             return [self.ask(_plain(self.first))] if self.first is not None else []
+        if self.stopped == "done":
+            return []
         asks: list[Ask] = []
-        for outcome in {"done": [], "interrupted": self.waiting[:1]}.get(self.stopped, self.waiting):
+        for outcome in self.waiting[:1] if self.stopped == "interrupted" else self.waiting:
             trial = outcome.onward(None, eta=outcome.trial.eta)
             if (asks or self.finished) and not self.purse.affords(self.ground.price(trial)):
                 break
