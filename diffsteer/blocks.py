@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 
 from diffsteer.types import DiffsteerError
+from diffsteer.warn import warn
 
 T = TypeVar("T")
 Size = int | str | None  # rows in a block; "auto" halves when memory runs out; None is one block
@@ -74,7 +74,7 @@ class Blocks:
         """So many rows at a time were too many."""
         self.size = (rows + 1) // 2
         if not self._said:
-            warnings.warn(f"out of memory with {rows} rows at a time: going on with {self.size}", stacklevel=3)
+            warn(f"out of memory with {rows} rows at a time: going on with {self.size}")
             self._said = True
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -217,7 +217,6 @@ def _warnings_in_a_line() -> Iterator[None]:
             print(f"diffsteer: warning: {text}", file=sys.stderr)
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("always", category=UserWarning, module=r"diffsteer\.")
         warnings.filterwarnings("always", category=Notice)
         warnings.showwarning = show
         try:

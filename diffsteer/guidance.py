@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from torch.autograd.graph import allow_mutation_on_saved_tensors
 from diffsteer.algebra import SMALLEST_SIGNAL, Level
 from diffsteer.particles import reindex
 from diffsteer.types import DiffsteerError, check_numbers, setting
+from diffsteer.warn import warn
 
 
 class Scale(NamedTuple):
@@ -261,14 +261,13 @@ def refuse_flat(values: Tensor) -> None:
 
 def warn_idle(guidance: Guidance, steps: int) -> None:
     """Say that no step was guided."""
-    warnings.warn(
+    warn(
         f"guidance: nothing was guided: none of the {steps} steps that could be begins at a noise level between "
-        f"{guidance.lowest:g} and {guidance.highest:g}",
-        stacklevel=3,
+        f"{guidance.lowest:g} and {guidance.highest:g}"
     )
 
 
 def warn_skipped(count: int) -> None:
     """Say that some updates were skipped."""
     if count:
-        warnings.warn(f"guidance: {count} updates were skipped, since their gradients were no numbers", stacklevel=3)
+        warn(f"guidance: {count} updates were skipped, since their gradients were no numbers")

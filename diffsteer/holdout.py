@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +12,12 @@ from torch import Tensor
 
 from diffsteer.reward import Reward, RewardFunction, as_reward
 from diffsteer.types import DiffsteerError
+from diffsteer.warn import Notice, warn
 
 SURE = 2.0  # standard deviations of blind choice, beyond which a fall is told
 
 
-class DriftWarning(UserWarning):
+class DriftWarning(Notice):
     """The choice raised the reward that it followed and lowered one that was held out."""
 
 
@@ -107,9 +107,8 @@ def warn_of_drift(steered: Selected, held: Mapping[str, Selected], where: str = 
     would."""
     for name, one in held.items():
         if steered.mean > 0 and one.score < -SURE:
-            warnings.warn(
+            warn(
                 f"{where}what was chosen is {steered.mean:.3g} higher by the reward that steers, and {-one.mean:.3g} lower by "
                 f"the held-out {name} ({one.score:.1f} standard deviations of blind choice): the gain may not show",
                 DriftWarning,
-                stacklevel=4,
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffsteer.types import Problem
+from diffsteer.warn import warn
 
 T = TypeVar("T")
 
@@ -51,7 +51,7 @@ def reindex(tree: T, ancestors: Tensor) -> T:
 def warn_blind(who: str, problem: Problem, done: int, blind: Tensor, then: str) -> None:
     """Say that nothing tells the particles of some groups apart: (P,) bool, by their ids, and what becomes of them."""
     names = ", ".join(str(problem.ids[i]) for i in blind.nonzero()[:, 0].tolist())
-    warnings.warn(f"{who}: no finite reward in group {names} after step {done}: {then}", stacklevel=3)
+    warn(f"{who}: no finite reward in group {names} after step {done}: {then}")
 
 
 def normalize(log_weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from diffsteer.media import read_clip
 from diffsteer.types import DiffsteerError
+from diffsteer.warn import warn
 
 
 def sheet(rows: Sequence[Sequence[Path]], captions: Sequence[str], target: Path) -> None:
@@ -50,7 +50,7 @@ def frame_or_blank(path: Path) -> Image.Image:
     try:
         return first_frame(path)
     except (OSError, SyntaxError, ValueError, DiffsteerError) as error:  # Pillow's errors of a broken PNG are SyntaxErrors
-        warnings.warn(f"{path} cannot be read ({error}): delete it, and the command that made it makes it again", stacklevel=2)
+        warn(f"{path} cannot be read ({error}): delete it, and the command that made it makes it again")
         return Image.new("RGB", (64, 64), "lightgray")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from diffsteer.selection import Selection
 from diffsteer.session import Session
 from diffsteer.timing import Shift, Shifted, Timing, match, sample_variance
 from diffsteer.types import UnsupportedError
+from diffsteer.warn import warn
 
 # Adams-Bashforth weights of the noises, the newest first (Liu et al., 2022, arXiv 2202.09778, eq. 12 and appendix).
 _MULTISTEP = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
@@ -162,14 +162,12 @@ class TimedWalk:
         edge = sum(float(s.edge.double().mean()) for s in looked) / len(looked)
         flat = sum(float(s.flat.double().mean()) for s in looked) / len(looked)
         if edge > _EDGE:
-            warnings.warn(
+            warn(
                 f"time-shift: {edge:.0%} of the rows stood at the edge of the window, and the shift is a constant: either the "
-                f"reference ({self.timing.reference}) does not fit this model, or its states are off by more than the window",
-                stacklevel=3,
+                f"reference ({self.timing.reference}) does not fit this model, or its states are off by more than the window"
             )
         elif flat > _EDGE:
-            warnings.warn(
+            warn(
                 f"time-shift: for {flat:.0%} of what was looked at an honest sample's variance varies by more than the "
-                f"reference does over the window (window={self.timing.window:g}): what is matched there is noise",
-                stacklevel=3,
+                f"reference does over the window (window={self.timing.window:g}): what is matched there is noise"
             )

@@ -17,6 +17,7 @@ from diffsteer.control import Control, Follower
 from diffsteer.families import FAMILIES
 from diffsteer.pipes import denoisers_of
 from diffsteer.samplers import BestOfN, FeynmanKac
+from diffsteer.warn import Notice
 
 TEXTS = [name for name in CARRIED if TOYS[name].rows == "prompt" and not FAMILIES[name.split()[0]].no_reentry]
 
@@ -52,8 +53,9 @@ def test_a_run_in_one_call_goes_on_in_segments_where_memory_ends(name: str) -> N
 
     handle = denoiser.register_forward_pre_hook(planted, with_kwargs=True)
     try:
-        with pytest.warns(UserWarning, match="out of memory with 4 rows at a time: going on with 2"):
+        with pytest.warns(UserWarning, match="out of memory with 4 rows at a time: going on with 2") as said:
             out = pipe(prompts_of(toy), seed=0, **call)
+        assert {w.filename for w in said if issubclass(w.category, Notice)} == {__file__}  # diffusers' pipeline stands between
     finally:
         handle.remove()
     assert len(out.trace.events) == len(expected.trace.events)

@@ -137,8 +137,9 @@ def test_both_paths_and_smoothing_by_hand(path: str, k: int) -> None:
 
 
 def test_an_interval_without_a_step_is_said() -> None:
-    with pytest.warns(UserWarning, match="nothing was guided: none of the 10 steps"):
+    with pytest.warns(UserWarning, match="nothing was guided: none of the 10 steps") as said:
         run(MPGD(lowest=0.501, highest=0.502), steps=10)
+    assert {w.filename for w in said} == {__file__}
 
 
 def test_only_each_so_many_steps() -> None:

@@ -140,8 +140,9 @@ def test_every_method_warns_of_a_group_without_rewards(name: str) -> None:
         return torch.tensor([math.nan if p == "b" else 1.0 for p in prompts]) + 0 * x[:, 0]
 
     pipe = SteeredPipeline(MODEL, CASES[name][0](3), blind_to_b)
-    with pytest.warns(UserWarning, match="no finite reward in group 1 after step 6"):
+    with pytest.warns(UserWarning, match="no finite reward in group 1 after step 6") as said:
         out = pipe(["a", "b"], num_inference_steps=6, seed=0)
+    assert {w.filename for w in said} == {__file__}
     assert out.chosen[1] == 0 and bool(out.samples.isfinite().all())
 
 
