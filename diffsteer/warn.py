@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 import warnings
 
 OURS = __name__.partition(".")[0]
@@ -15,9 +16,6 @@ class Notice(UserWarning):
 def warn(message: str, category: type[UserWarning] = Notice) -> None:
     """Warn at the line that called this package, also where a pipeline stands between (it calls a scheduler of ours). Python
     shows a text once a line: say numbers in it, if it is to be seen again."""
-    level, depth, frame = 1, 1, sys._getframe()
-    while frame.f_back is not None:
-        ours = frame.f_globals.get("__name__", "").partition(".")[0] == OURS
-        frame, depth = frame.f_back, depth + 1
-        level = depth if ours else level
-    warnings.warn(message, category, stacklevel=level)
+    frames = [frame for frame, _ in traceback.walk_stack(sys._getframe())]  # this one first
+    ours = [i for i, f in enumerate(frames, 1) if f.f_globals.get("__name__", "").partition(".")[0] == OURS]
+    warnings.warn(message, category, stacklevel=ours[-1] + 1)
