@@ -45,8 +45,8 @@ class Budget:
     Args:
         evals: rows through the denoiser (with classifier-free guidance a step is two), rows that are computed again for a
             gradient included. The pass back is not in it: the ledger tells `backwards`, each about two evaluations' worth.
-        seconds: wall time. It is kept by predicting what is asked for next from what was measured; one sample a prompt is made
-            in any case.
+        seconds: wall time. It is kept by predicting what is asked for next from what was measured. One sample a prompt is made
+            in any case and, where any time is left then, one that tells what a sample takes when everything is loaded.
         reward_calls, decodes: samples scored and decoded.
 
     Raises:

@@ -67,7 +67,7 @@ class Draft:
         return None if self.share is None else max(1, round(self.share * steps))
 
 
-DEFAULT = Draft(share=1 / 3)  # chosen on development captions of the shapes world, see docs/search.md
+DEFAULT = Draft(share=1 / 3)  # where a budget does not pay for a draft and its final, there are none
 
 
 def draft_of(draft: Draft | bool | None, search: Search) -> Draft | None:

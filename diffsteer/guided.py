@@ -122,7 +122,7 @@ class GuidedWalk:
 
                 def objective(x0: Tensor, rows: list[int]) -> Tensor:
                     if read:
-                        session.ledger.reward_calls += len(rows)
+                        session.ledger.reward_calls += len(set(rows))
                     found = read.score(features, wanted, rows) if read else self._smoothed(x0, rows, k)
                     values[rows] = found.detach().float().cpu()  # a block may come again, halved
                     return found
@@ -155,14 +155,15 @@ class GuidedWalk:
         """The gradient of the reward at clean estimates (N, ...), and the rewards (N,)."""
 
         def one_block(block: list[int]) -> tuple[Tensor, Tensor]:
-            rows = list(dict.fromkeys(block))
-            return gradient_of(lambda leaf: self._smoothed(leaf, rows, k), x0[rows])
+            real = len(set(block))
+            gradient, rewards = gradient_of(lambda leaf: self._smoothed(leaf, block, k), x0[block])
+            return gradient[:real], rewards[:real]
 
         parts = self.session.cut.run(len(x0), one_block)
         return torch.cat([g for g, _ in parts]), torch.cat([r for _, r in parts])
 
     def _smoothed(self, x0: Tensor, rows: list[int], k: int) -> Tensor:
-        """The reward of clean estimates (n, ...), smoothed, (n,); differentiable."""
+        """The reward of clean estimates (n, ...), smoothed, (n,); differentiable. Rows that only fill up a block count once."""
         guidance, session = self.guidance, self.session
         if guidance.draws == 1 and guidance.smoothing == 0:
             return self._rate(x0, rows, k)
@@ -178,11 +179,11 @@ class GuidedWalk:
         if session.decoder is not None:
             with ledger.timed("decode"):
                 samples = session.decoder(x0).float()
-            ledger.decodes += len(rows)
+            ledger.decodes += len(set(rows))
         with ledger.timed("reward"):
             prompts = [self.prompts[r // session.particles] for r in rows]
             rewards = self.reward.rate(samples, prompts, Context(k, session.steps, session.embedded)).float()
-        ledger.reward_calls += len(rows)
+        ledger.reward_calls += len(set(rows))
         refuse_flat(rewards)
         return rewards
 

@@ -19,7 +19,8 @@ class Diagnosis:
         radius: ``(|z|^2 - d) / sqrt(2 d)``.
         autocorrelation: the largest of the lag-1 autocorrelations along the axes of the sample (channels are no axis), times
             the root of their number of pairs.
-        covariance: how far the second moments of blocks of four neighbouring elements are from the identity.
+        covariance: how far the second moments of blocks of four neighbouring elements are from the identity, a chi-squared
+            number as its normal score (Wilson and Hilferty, 1931).
     """
 
     radius: float
@@ -55,8 +56,8 @@ def diagnose(z: Tensor) -> Diagnosis:
 
 
 def _blocks(z: Tensor, size: int = 4) -> float:
-    """The squared distance between the second moments of blocks and the identity, against its mean and deviation for white
-    noise: with m blocks the entries off the diagonal have variance 1/m, those on it 2/m."""
+    """The squared distance between the second moments of blocks and the identity, for white noise a chi-squared number: with m
+    blocks the entries off the diagonal have variance 1/m, those on it 2/m."""
     rows = z.flatten()[: z.numel() // size * size].view(-1, size)
     m = len(rows)
     if m < 2 * size:
@@ -65,7 +66,9 @@ def _blocks(z: Tensor, size: int = 4) -> float:
     upper = torch.triu_indices(size, size)
     scaled = error[upper[0], upper[1]] / torch.where(upper[0] == upper[1], math.sqrt(2.0), 1.0)
     count = scaled.numel()
-    return float((scaled.square().sum() - count) / math.sqrt(2 * count))
+    spread = 2 / (9 * count)
+    root = math.pow(float(scaled.square().sum()) / count, 1 / 3)
+    return (root - (1 - spread)) / math.sqrt(spread)
 
 
 def chi(z: Tensor) -> Tensor:

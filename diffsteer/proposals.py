@@ -62,7 +62,7 @@ def partial(z: Tensor, fresh: Tensor, step: float, place: torch.Generator | None
         return moved.view_as(z)
     height, width = z.shape[-2:]
     aspect = math.exp(float(torch.empty(()).uniform_(-0.5, 0.5, generator=place)))
-    h = min(height, max(1, round(math.sqrt(share) * aspect * height)))
+    h = max(1, round(min(1.0, max(share, math.sqrt(share) * aspect)) * height))  # as high as leaves a width that there is
     w = min(width, max(1, round(share * height * width / h)))
     top, left = (int(torch.randint(size - part + 1, (), generator=place)) for size, part in ((height, h), (width, w)))
     moved = z.clone()

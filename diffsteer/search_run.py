@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffsteer.algebra import Level
 from diffsteer.budget import Budget, Stopwatch
-from diffsteer.draft import Draft
+from diffsteer.draft import DEFAULT, Draft
 from diffsteer.found import Found, Progress
 from diffsteer.ground import Costs, DryGround, FunctionGround
 from diffsteer.holdout import Selected, nothing, selected
@@ -22,7 +22,7 @@ from diffsteer.judging import Duel, RankEnsemble, positions
 from diffsteer.ledger import Ledger
 from diffsteer.reward import Reward, as_reward, check_gradient, prepare
 from diffsteer.run import OUTPUTS, SteeredOutput, told_aside
-from diffsteer.searching import explore
+from diffsteer.searching import explore, pays
 from diffsteer.selection import Scorer, check_inputs
 from diffsteer.session import Session
 from diffsteer.session_ground import SessionGround
@@ -128,6 +128,8 @@ def run_search(
                 f"draft: its model starts from noise of shape {drafting.shape}, not {session.shape}: they are not aligned"
             )
         ground, render = SessionGround(drafting, cheap, asked, draft.decoder is not None), full
+        if draft is DEFAULT and budget is not None and not pays(budget, ground, render):
+            ground, render, draft = full, None, None
     clock = Stopwatch(None if budget is None else budget.seconds)
     clock.began = started
     found = explore(
@@ -164,22 +166,19 @@ def _output(
     for p, f in enumerate(found):
         rewards[p, : len(f.values)] = torch.tensor(f.values, dtype=torch.float64)
         weights[p, : len(f.values)] = -math.log(len(f.values))
-    deciding = rewards
-    looked = Scorer(None, session.decoder, asked, ledger, session.embedded, session.cut, aside=aside)
+    grouped, deciding = samples.view(groups, kept, *samples.shape[1:]), rewards
+    held: dict[str, Tensor] = {}
     try:
         if choice is not None:
-            scorer = Scorer(choice, session.decoder, asked, ledger, session.embedded, session.cut)
-            deciding = scorer.score(samples, session.steps, session.steps).masked_fill(weights == -math.inf, -math.inf)
+            deciding = _looked_at(session, grouped, found, asked, ledger, choice, {})["choice"]
         if aside:
-            looked.score(samples, session.steps, session.steps)
+            held = _looked_at(session, grouped, found, asked, ledger, None, aside)
     except KeyboardInterrupt:
         found = [replace(f, stopped="interrupted") for f in found]
         told = f"was stopped after {ledger.evaluations} evaluations, while what it found was scored anew"
         with suppress(Notice):
             warn(f"the search {told}: what that would have said is left out")
     chosen = torch.tensor([positions(row[: len(f.values)])[0] for row, f in zip(deciding, found, strict=True)])
-    held = {name: scores.masked_fill(weights == -math.inf, math.nan) for name, scores in looked.aside_scores.items()}
-    grouped = samples.view(groups, kept, *samples.shape[1:])
     shown = samples if output == "all" else grouped[torch.arange(groups), chosen]
     images = to_images(shown) if to_images is not None and session.decoder is not None else None
     ledger.seconds["total"] = ledger.seconds.get("total", 0.0) + time.perf_counter() - started
@@ -197,6 +196,29 @@ def _output(
         ledger=ledger,
         **told_aside(kept_of(rewards, chosen), {name: kept_of(scores, chosen) for name, scores in held.items()}, held),
     )
+
+
+def _looked_at(
+    session: Session,
+    grouped: Tensor,
+    found: Sequence[Found],
+    asked: Sequence[str],
+    ledger: Ledger,
+    choice: Reward | None,
+    aside: Mapping[str, Reward],
+) -> dict[str, Tensor]:
+    """What rewards say of what is kept, (P, K) each, NaN where a prompt has less; the choice under its own name. Prompts that
+    keep as much go together, so that nobody is ranked among copies."""
+    numbers = [len(f.outcomes) for f in found]
+    told: dict[str, Tensor] = {}
+    for n in sorted(set(numbers)):
+        mine = [p for p, number in enumerate(numbers) if number == n]
+        texts = [asked[p] for p in mine]
+        scorer = Scorer(choice, session.decoder, texts, ledger, session.embedded, session.cut, aside=aside)
+        scores = scorer.score(grouped[mine, :n].flatten(0, 1), session.steps, session.steps)
+        for name, said in {"choice": scores, **scorer.aside_scores}.items():
+            told.setdefault(name, torch.full(grouped.shape[:2], math.nan, dtype=torch.float64))[mine, :n] = said
+    return told
 
 
 def kept_of(scores: Tensor, chosen: Tensor) -> Selected:
@@ -231,6 +253,8 @@ def forecast_search(
     if draft is not None:
         ground = full if drafts is None else DryGround(drafts[0], levels if drafts[0] == steps else [], drafts[1])
         render = full
+        if draft is DEFAULT and not pays(limits, ground, render):
+            ground, render, draft = full, None, None
     if budget is not None and not limits:  # seconds alone: one pass
         limits = Budget()
     finalists, remake = (draft.finalists, draft.shorter) if draft else (1, True)

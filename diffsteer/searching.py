@@ -9,6 +9,7 @@ from diffsteer.budget import Budget, Cost, Purse, Stopwatch
 from diffsteer.finals import Finals, price_of_final, reserve, whole_chain
 from diffsteer.found import Found, Progress
 from diffsteer.ground import Ask, Ground
+from diffsteer.judging import PAIR
 from diffsteer.playing import Run, carried, found_of
 from diffsteer.trial import Outcome, Search
 from diffsteer.types import DiffsteerError
@@ -41,7 +42,7 @@ def explore(
     budget = budget or Budget()
     clock = stopwatch or Stopwatch(budget.seconds)
     clock.prompts = len(ground.ids)
-    _check(search, budget, ground, render)
+    _check(search, budget, ground, render, remake)
     purses = [Purse(budget, clock) for _ in ground.ids]
     if render is not None:
         for purse in purses:
@@ -74,7 +75,7 @@ def explore(
         if not run.finished or (stops.at_once and drafts is not None and not run.finals):
             if stops.count:
                 raise KeyboardInterrupt("a callback interrupted the pipeline" if stops.over else "")
-            raise DiffsteerError(f"{search.name}: the budget does not pay for one sample: {_price_of_one(ground, render)}")
+            raise DiffsteerError(_not_paid(search, _price_of_one(ground, render, remake)))
     told = found_of if drafts is None else drafts.told
     try:
         return [told(run) for run in runs]
@@ -176,19 +177,31 @@ def _stop_solved(runs: Sequence[Run], solved: float) -> None:
             run.stop("solved")
 
 
-def _check(search: Search, budget: Budget, ground: Ground, render: Ground | None) -> None:
-    one = ground.price(whole_chain(ground)).plus(render.price(whole_chain(render)) if render is not None else Cost())
-    limits = budget.limits()
-    if budget and budget.seconds is None and not any(getattr(one, name) for name in limits):
+def _check(search: Search, budget: Budget, ground: Ground, render: Ground | None, remake: bool) -> None:
+    one = _price_of_one(ground, render, remake)
+    compares = ground.compared or (render is not None and render.compared)
+    ends = Cost(*one)._replace(reward_calls=max(one.reward_calls, compares * PAIR.reward_calls))
+    if budget and budget.seconds is None and not any(getattr(ends, name) for name in budget.limits()):
         raise DiffsteerError(
-            f"budget: {next(iter(limits))} ends nothing here, where a sample costs none: give evals or seconds"
+            f"budget: {next(iter(budget.limits()))} ends nothing here, where a sample costs none: give evals or seconds"
         )
-    if any(limit < getattr(one, name) for name, limit in limits.items()):
-        raise DiffsteerError(f"{search.name}: the budget does not pay for one sample: {_price_of_one(ground, render)}")
+    if not pays(budget, ground, render, remake):
+        raise DiffsteerError(_not_paid(search, one))
 
 
-def _price_of_one(ground: Ground, render: Ground | None) -> str:
+def pays(budget: Budget, ground: Ground, render: Ground | None = None, remake: bool = True) -> bool:
+    """Do its counts pay for one sample, a draft of it included?"""
+    one = _price_of_one(ground, render, remake)
+    return all(getattr(one, name) <= limit for name, limit in budget.limits().items())
+
+
+def _price_of_one(ground: Ground, render: Ground | None, remake: bool) -> Cost:
     cost = ground.price(whole_chain(ground))
-    if render is not None:
-        cost = cost.plus(render.price(whole_chain(render)))
-    return f"that takes evals={cost.evals}, decodes={cost.decodes}, reward_calls={cost.reward_calls}"
+    return cost if render is None else cost.plus(price_of_final(render, remake))
+
+
+def _not_paid(search: Search, cost: Cost) -> str:
+    return (
+        f"{search.name}: the budget does not pay for one sample: that takes evals={cost.evals}, decodes={cost.decodes}, "
+        f"reward_calls={cost.reward_calls}"
+    )

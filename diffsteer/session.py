@@ -134,9 +134,10 @@ class Session(ABC):
             return noise
 
         def one_block(block: list[int]) -> Tensor:
-            mine = list(dict.fromkeys(block))
+            real = len(set(block))
             assert self.start is not None
-            return self.start(noise[mine], self, [rows[i] for i in mine])
+            with self.padded(len(block), real):
+                return self.start(noise[block], self, [rows[i] for i in block])[:real]
 
         return torch.cat(self.cut.run(len(rows), one_block))
 
@@ -203,18 +204,24 @@ class Session(ABC):
             raise ValueError(f"cannot carry {len(x)} states as {len(rows)} rows from {start} to {stop} of {self.steps} steps")
 
         def one_block(block: list[int]) -> Arrival:
-            before, real = self.ledger.evaluations, len(set(block))
-            try:
-                with torch.set_grad_enabled(graph):
-                    arrival = self._segment(x[block], start, stop, [rows[i] for i in block])
-            finally:  # of what Ctrl-C cut short, too
-                padding = (self.ledger.evaluations - before) * (len(block) - real) // len(block)
-                self.ledger.evaluations -= padding
-                self.ledger.padding += padding
+            real = len(set(block))
+            with self.padded(len(block), real), torch.set_grad_enabled(graph):
+                arrival = self._segment(x[block], start, stop, [rows[i] for i in block])
             return Arrival(arrival.x[:real], arrival.x0[:real])
 
         arrivals = self.cut.run(len(rows), one_block)
         return Arrival(torch.cat([a.x for a in arrivals]), torch.cat([a.x0 for a in arrivals]))
+
+    @contextmanager
+    def padded(self, rows: int, real: int) -> Iterator[None]:
+        """Inside, a block of `rows` is evaluated of which `real` are none that only fill it up: the ledger counts those."""
+        before = self.ledger.evaluations
+        try:
+            yield
+        finally:  # of what Ctrl-C cut short, too
+            padding = (self.ledger.evaluations - before) * (rows - real) // rows
+            self.ledger.evaluations -= padding
+            self.ledger.padding += padding
 
     def texts_of(self, rows: Sequence[int]) -> list[Any]:
         """What the rows are asked for, one text a row and expert."""
@@ -230,7 +237,8 @@ class Session(ABC):
 
         Args:
             x: (N, *shape) at level `index`.
-            objective: from clean estimates (n, *shape) and their row numbers to (n,), differentiable.
+            objective: from clean estimates (n, *shape) and their row numbers to (n,), differentiable. The last row may come
+                several times, which fills up a block.
 
         Returns:
             (gradient (N, *shape), where the step leads, detached).
@@ -240,13 +248,13 @@ class Session(ABC):
         rows = list(range(self.rows) if rows is None else rows)
 
         def one_block(block: list[int]) -> tuple[Tensor, Arrival]:
-            mine = [rows[i] for i in dict.fromkeys(block)]
-            leaf = x[block[: len(mine)]].detach().requires_grad_(True)
-            with torch.enable_grad():
+            mine, real = [rows[i] for i in block], len(set(block))
+            leaf = x[block].detach().requires_grad_(True)
+            with self.padded(len(block), real), torch.enable_grad():
                 arrival = self.segment(leaf, index, index + 1, mine, graph=True)
-                total = objective(arrival.x0, mine).sum()
-            found = torch.autograd.grad(total, leaf)[0]
-            return found, Arrival(arrival.x.detach(), arrival.x0.detach())
+                total = objective(arrival.x0, mine)[:real].sum()
+                found = torch.autograd.grad(total, leaf)[0]
+            return found[:real], Arrival(arrival.x[:real].detach(), arrival.x0[:real].detach())
 
         parts = self.cut.run(len(rows), one_block)
         arrivals = [a for _, a in parts]

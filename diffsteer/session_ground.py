@@ -74,7 +74,9 @@ class SessionGround(Ground):
     def _play(self, prompt: int, outcomes: Sequence[Outcome], pairs: Sequence[tuple[int, int]]) -> Tensor:
         assert isinstance(self.reward, Duel)
         met = sorted({i for pair in pairs for i in pair})
-        shown = [o.sample if o.sample is not None else self._decoded(o.x0[None], False)[0] for o in (outcomes[i] for i in met)]
+        shown = [
+            o.sample if o.sample is not None else self._decoded(o.x0[None], False, 1)[0] for o in (outcomes[i] for i in met)
+        ]
         place = {i: n for n, i in enumerate(met)}
         with self.ledger.timed("reward"), torch.no_grad():
             ctx = Context(self.steps, self.steps, self.session.embedded)
@@ -91,13 +93,14 @@ class SessionGround(Ground):
         found: dict[int, Outcome] = {}
         lost: dict[int, Cost] = {}
         for members in groups.values():
-            work = self._forward if asks[members[0]][2].gradient is False else self._gradient
+            forward = asks[members[0]][2].gradient is False
 
-            def one_block(block: list[int], members: list[int] = members, work: Any = work) -> None:
+            def one_block(block: list[int], members: list[int] = members, forward: bool = forward) -> None:
                 mine = [members[i] for i in dict.fromkeys(block)]
-                before = self._counted()
+                before, these = self._counted(), [asks[i] for i in mine]
                 try:
-                    found.update(zip(mine, work([asks[i] for i in mine]), strict=True))
+                    made = self._forward(these) if forward else self._gradient(these, len(block))
+                    found.update(zip(mine, made, strict=True))
                 except KeyboardInterrupt:
                     each = (-(-(b - a) // len(mine)) for a, b in zip(before, self._counted(), strict=True))
                     lost.update(dict.fromkeys(mine, Cost(*each)))
@@ -147,8 +150,8 @@ class SessionGround(Ground):
         given = {p * SLOTS + slot: t.injected for p, slot, t in asks if t.injected is not None}
         return _Injected(self.session, given)
 
-    def _decoded(self, latents: Tensor, tiny: bool) -> Tensor:
-        """One block of latents as samples; themselves without a decoder."""
+    def _decoded(self, latents: Tensor, tiny: bool, real: int) -> Tensor:
+        """One block of latents as samples; themselves without a decoder. `real`: how many do not only fill it up."""
         session = self.session
         if session.decoder is None:
             return latents
@@ -156,16 +159,16 @@ class SessionGround(Ground):
         with self.ledger.timed("tiny decode" if small else "decode"):
             samples = (small or session.decoder)(latents).float()
         if small:
-            self.ledger.tiny_decodes += len(latents)
+            self.ledger.tiny_decodes += real
         else:
-            self.ledger.decodes += len(latents)
+            self.ledger.decodes += real
         return samples
 
     def _score(self, outcomes: list[Outcome], latents: Tensor, prompts: list[int], final: bool, stop: int) -> None:
         def one_block(block: list[int]) -> None:
             mine = list(dict.fromkeys(block))
-            samples = self._decoded(latents[mine], tiny=not final or self.tiny)
-            texts = [self.asked[prompts[i]] for i in mine]
+            samples = self._decoded(latents[block], not final or self.tiny, len(mine))
+            texts = [self.asked[prompts[i]] for i in block]
             with self.ledger.timed("reward"), torch.no_grad():
                 each, total = self._rated(samples, texts, Context(stop, self.steps, self.session.embedded))
             self.ledger.reward_calls += 0 if self.costs.compared else len(mine)
@@ -186,17 +189,18 @@ class SessionGround(Ground):
         total = checked(self.reward, samples, texts, ctx).double().cpu()
         return total[:, None], total
 
-    def _gradient(self, asks: list[Ask]) -> list[Outcome]:
-        """A block of whole chains, with the gradient of their reward."""
-        session, first = self.session, asks[0][2]
-        rows, n = [p * SLOTS + slot for p, slot, _ in asks], len(asks)
+    def _gradient(self, mine: list[Ask], size: int) -> list[Outcome]:
+        """A block of whole chains, with the gradient of their reward; filled up to a size with the last of them."""
+        session, first, n = self.session, mine[0][2], len(mine)
+        asks = [*mine, *[mine[-1]] * (size - n)]
+        rows = [p * SLOTS + slot for p, slot, _ in asks]
         z = torch.stack([t.x for _, _, t in asks]).detach().clone().requires_grad_(True)
-        injected = [] if first.injected is None else [_given(t).detach().clone().requires_grad_(True) for _, _, t in asks]
-        inside = [(p, s, replace(t, injected=v)) for (p, s, t), v in zip(asks, injected, strict=True)] if injected else asks
+        injected = [] if first.injected is None else [_given(t).detach().clone().requires_grad_(True) for _, _, t in mine]
+        inside = [(p, s, replace(t, injected=v)) for (p, s, t), v in zip(mine, injected, strict=True)] if injected else mine
         if first.start:
             raise DiffsteerError("a gradient is that of a whole chain: its trial begins at its noise")
         free = 0 if first.through is None else max(0, self.steps - first.through)
-        with torch.enable_grad(), session.noisy(first.eta), self._injecting(inside):
+        with session.padded(size, n), torch.enable_grad(), session.noisy(first.eta), self._injecting(inside):
             noise = session.transformed(z, rows) if first.fresh else z
             x = begun = session.scaled(noise) if first.fresh else noise
             if free:  # clean estimates before count as constants: a state is linear in the noises before it
@@ -205,8 +209,8 @@ class SessionGround(Ground):
                 x = x.detach().requires_grad_(True)
             leaf, x = x, session.trajectory(x, free, rows=rows, checkpoints=first.checkpoint)
             self._refuse_what_a_callback_cut()
-            samples = x if session.decoder is None else self._decode_kept(x, first.checkpoint)
-            values = self._objective(asks, samples)
+            samples = x if session.decoder is None else self._decode_kept(x, first.checkpoint, n)
+            values = self._objective(asks, samples)[:n]
             found = list(torch.autograd.grad(values.sum(), [leaf if free else z, *injected], allow_unused=True))
             if free:
                 reached, (share, shares) = found[0], self._carried(free)
@@ -219,7 +223,7 @@ class SessionGround(Ground):
         self.ledger.backwards += n * (self.steps - free)
         along = found[0] if found[0] is not None else torch.zeros_like(z)
         outcomes = []
-        for i, (_, slot, trial) in enumerate(asks):
+        for i, (_, slot, trial) in enumerate(mine):
             sample = samples[i].detach().float().cpu()
             outcome = Outcome(trial, slot, self.steps, z[i].detach(), x[i].detach(), x[i].detach(), True, sample=sample)
             outcome.noise = noise[i].detach()
@@ -253,15 +257,15 @@ class SessionGround(Ground):
             product *= math.sqrt(max(float(to.sigma) ** 2 - nu**2, 0.0)) / float(at.sigma)
         return product, shares
 
-    def _decode_kept(self, x: Tensor, again: bool) -> Tensor:
+    def _decode_kept(self, x: Tensor, again: bool, real: int) -> Tensor:
         """Decoded with a graph; `again`: activations are computed again in the pass back."""
         tiny = self.session.tiny_decoder if self.tiny else None
         decoder = tiny or self.session.decoder
         assert decoder is not None
         with self.ledger.timed("tiny decode" if tiny else "decode"):
             samples: Tensor = checkpoint(decoder, x, use_reentrant=False, preserve_rng_state=False) if again else decoder(x)
-        self.ledger.tiny_decodes += len(x) if tiny else 0
-        self.ledger.decodes += 0 if tiny else len(x)
+        self.ledger.tiny_decodes += real if tiny else 0
+        self.ledger.decodes += 0 if tiny else real
         return samples.float()
 
     def _objective(self, asks: list[Ask], samples: Tensor) -> Tensor:

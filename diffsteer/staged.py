@@ -81,9 +81,9 @@ def staged(parts: Sequence[Search], shares: Sequence[float], arena: Arena) -> As
     """Run searches one after another, each until its share of the budget, and what was left before it, is spent."""
     best: list[Outcome] = list(arena.starts)
     reached = 0.0
-    for part, share in zip(parts, shares, strict=True):
+    for k, (part, share) in enumerate(zip(parts, shares, strict=True), start=1):
         reached += share
-        arena.purse.until = reached if part is not parts[-1] else 1.0
+        arena.purse.until = reached if k < len(parts) else 1.0
         arena.starts = best
         stage = _ended(part.search(arena), arena)
         try:

@@ -22,6 +22,7 @@ GROUPS = ("all_of", "any_of", "weighted")
 BOUNDS = {"less_than": "<", "greater_than": ">", "equal": "=="}
 MOST = 60  # how deep a program may be nested
 SIGNS = 200  # operations in it, at most
+LARGEST = float(torch.finfo(torch.float32).max)
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,11 @@ class _Parser:
     def fail(self, wanted: str) -> DiffsteerError:
         if self.at == len(self.tokens):
             return DiffsteerError(f"program: it ends where {wanted} was wanted: {_shown(self.text)}")
-        _, token, place = self.tokens[self.at]
-        found = f"character {place + 1}: {token!r} where {wanted} was wanted"
-        return DiffsteerError(f"program: {found}, in {_shown(self.text)}")
+        return self.wrong(self.at, f"{self.tokens[self.at][1]!r} where {wanted} was wanted")
+
+    def wrong(self, at: int, what: str) -> DiffsteerError:
+        """With the place of a token."""
+        return DiffsteerError(f"program: character {self.tokens[at][2] + 1}: {what}, in {_shown(self.text)}")
 
     def peek(self) -> str:
         return self.tokens[self.at][1] if self.at < len(self.tokens) else ""
@@ -103,9 +106,9 @@ class _Parser:
             self.at += 1
             self.take("(")
             if name == "weighted":
-                weight = self.sum()
+                at, weight = self.at, self.sum()
                 if weight.kind != "number" or weight.value < 0:
-                    raise DiffsteerError(f"program: weighted wants a number first, at least 0, in {_shown(self.text)}")
+                    raise self.wrong(at, "weighted wants a number first, at least 0")
                 self.take(",")
                 parts = [weight, self.nested(self.constraint)]
             else:
@@ -120,7 +123,9 @@ class _Parser:
             self.take("(")
             first = Node("color", color=self.color())
             self.take(",")
-            second = Node("color", color=self.color())
+            at, second = self.at, Node("color", color=self.color())
+            if rgb(str(first.color)) == rgb(str(second.color)):
+                raise self.wrong(at, f"{name} wants two colours, and nothing is {name} itself")
             self.take(")")
             return Node(name, (first, second))
         if name in BOUNDS:
@@ -131,18 +136,32 @@ class _Parser:
             high = self.nested(self.sum)
             self.take(")")
             return Node(BOUNDS[name], (low, high))
-        if name == "(":  # of a constraint, or of a sum that a comparison begins with
-            kept = self.at
-            try:
-                self.at += 1
-                node = self.nested(self.constraint)
-                self.take(")")
-                if self.peek() in ("", ",", ")"):
-                    return node
-            except DiffsteerError:
-                if self.depth >= MOST:
-                    raise
-            self.at = kept
+        return self.bracketed() if name == "(" else self.comparison()
+
+    def bracketed(self) -> Node:
+        """A constraint in brackets, or a comparison that begins with a sum in brackets. Where it is neither, what is told is
+        why not the one that was understood for longer."""
+        began, reached, told = self.at, self.at, None
+        try:
+            self.at += 1
+            node = self.nested(self.constraint)
+            self.take(")")
+            if self.peek() in ("", ",", ")"):
+                return node
+        except DiffsteerError as error:
+            if self.depth >= MOST:
+                raise
+            reached, told = self.at, error
+        self.at = began
+        try:
+            return self.comparison()
+        except DiffsteerError:
+            if told is not None and reached > self.at:
+                self.at = reached
+                raise told from None
+            raise
+
+    def comparison(self) -> Node:
         left = self.sum()
         sign = self.peek()
         if sign not in ("<", ">", "<=", ">=", "=="):
@@ -155,7 +174,7 @@ class _Parser:
         while self.peek() in ("+", "-"):
             sign = self.peek()
             self.at += 1
-            node = _folded(Node(sign, (node, self.product())))
+            node = self.folded(Node(sign, (node, self.product())))
         return node
 
     def product(self) -> Node:
@@ -163,14 +182,14 @@ class _Parser:
         while self.peek() in ("*", "/"):
             sign = self.peek()
             self.at += 1
-            node = _folded(Node(sign, (node, self.term())))
+            node = self.folded(Node(sign, (node, self.term())))
         return node
 
     def term(self) -> Node:
         kind, token, _ = self.tokens[self.at] if self.at < len(self.tokens) else ("", "", 0)
         if token == "-":
             self.at += 1
-            return _folded(Node("-", (Node("number"), self.nested(self.term))))
+            return self.folded(Node("-", (Node("number"), self.nested(self.term))))
         if token == "(":
             self.at += 1
             node = self.nested(self.sum)
@@ -178,12 +197,14 @@ class _Parser:
             return node
         if kind == "number":
             self.at += 1
-            return Node("number", value=float(token))
+            return self.finite(Node("number", value=float(token)))
         if kind != "name":
             raise self.fail("a number or a measurement")
+        constraints = [*RELATIONS, *GROUPS, *BOUNDS]
+        if token in constraints:
+            raise self.fail("a number or a measurement, and no constraint,")
         if token not in MEASUREMENTS:
-            known = [*MEASUREMENTS, *RELATIONS, *GROUPS, *BOUNDS]
-            raise DiffsteerError(f"program: {token!r} is unknown{nearest(token, known)}")
+            raise self.wrong(self.at, f"{token!r} is unknown{nearest(token, [*MEASUREMENTS, *constraints])}")
         self.at += 1
         self.take("(")
         color = self.color() if MEASUREMENTS[token].colored else None
@@ -197,22 +218,27 @@ class _Parser:
         try:
             rgb(token)
         except KeyError:
-            raise DiffsteerError(f"program: no colour {token!r}{nearest(token, COLORS)}, or #rrggbb") from None
+            raise self.wrong(self.at, f"no colour {token!r}{nearest(token, COLORS)}, or #rrggbb") from None
         self.at += 1
         return token
+
+    def folded(self, node: Node) -> Node:
+        """An operation on two numbers as a number; a division by zero stays, and is no number when it is asked."""
+        a, b = node.parts
+        if a.kind != "number" or b.kind != "number" or (node.kind == "/" and b.value == 0):
+            return node
+        operations = {"+": a.value + b.value, "-": a.value - b.value, "*": a.value * b.value, "/": a.value / (b.value or 1.0)}
+        return self.finite(Node("number", value=operations[node.kind]))
+
+    def finite(self, number: Node) -> Node:
+        """The number that ends before the next token, refused beyond what single precision holds."""
+        if abs(number.value) > LARGEST:
+            raise self.wrong(self.at - 1, "too large a number")
+        return number
 
 
 def _shown(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")
-
-
-def _folded(node: Node) -> Node:
-    """An operation on two numbers as a number; a division by zero stays, and is no number when it is asked."""
-    a, b = node.parts
-    if a.kind != "number" or b.kind != "number" or (node.kind == "/" and b.value == 0):
-        return node
-    operations = {"+": a.value + b.value, "-": a.value - b.value, "*": a.value * b.value, "/": a.value / (b.value or 1.0)}
-    return Node("number", value=operations[node.kind])
 
 
 def parse(text: str) -> Node:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import diffusers
@@ -13,7 +14,10 @@ from torch import Tensor
 from diffsteer import DiffsteerError, SteeredPipeline, UnsupportedError, steered
 from diffsteer.backend import DiffusersSession
 from diffsteer.particles import reindex
-from diffsteer.samplers import BestOfN, FeynmanKac
+from diffsteer.reward import Reward
+from diffsteer.samplers import DNO, DPS, BestOfN, FeynmanKac, RandomSearch, ReNO, SuccessiveHalving, ZeroOrder
+from diffsteer.trial import Search
+from diffsteer.types import Context
 
 PROMPTS = ["a red circle", "two stars"]
 STEPS = 6
@@ -202,6 +206,44 @@ def test_deterministic_bits(toy_pipeline: Any) -> None:
         alone = pipe([prompt], num_inference_steps=8, seed=0, ids=[i])
         assert torch.equal(alone.samples[0], together.samples[i])
         assert torch.equal(alone.log_weights[0], together.log_weights[i]) and torch.equal(alone.log_z[0], together.log_z[i])
+
+
+class Contrast(Reward):
+    """Of decoded images, with a gradient, and with a product of matrices whose bits depend on how many there are."""
+
+    name, modality, differentiable = "contrast", "image", True
+
+    def score(self, samples: Tensor, prompts: Sequence[str], ctx: Context) -> Tensor:
+        flat = samples.flatten(1)
+        mixed = torch.randn(flat.shape[1], 64, generator=torch.Generator().manual_seed(0)).to(flat)
+        return (flat @ mixed).tanh().mean(1)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        RandomSearch(3),
+        SuccessiveHalving(4),
+        ZeroOrder(2, 2),
+        ReNO(iterations=2, rate=0.5),
+        DNO(iterations=2),
+        DPS(particles=2),
+        FeynmanKac(2),
+    ],
+    ids=lambda s: s.name,
+)
+def test_deterministic_bits_of_searches_and_guidance(toy_pipeline: Any, sampler: Any) -> None:
+    """Decoder, reward and gradients see blocks of one size, too; what fills them up is not counted."""
+    options: dict[str, Any] = {"draft": False} if isinstance(sampler, Search) else {}
+    pipe = SteeredPipeline(toy_pipeline, sampler, Contrast(), deterministic=True, chunk=4, **options)
+    prompts = [*PROMPTS, "a blue ring"]
+    together = pipe(prompts, num_inference_steps=4, seed=0)
+    said = pipe.estimate(3, 4).counts
+    for name in ("evaluations", "decodes", "reward_calls", "backwards"):
+        assert together.ledger.counts[name] == said[name], name
+    for i, prompt in enumerate(prompts):
+        alone = pipe([prompt], num_inference_steps=4, seed=0, ids=[i])
+        assert torch.equal(alone.samples[0], together.samples[i]) and torch.equal(alone.rewards[0], together.rewards[i])
 
 
 def test_any_rows_from_any_level(toy_pipeline: Any) -> None:

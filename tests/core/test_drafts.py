@@ -140,3 +140,19 @@ def test_a_noise_makes_the_same_picture_again_whatever_the_scheduler(scheduler: 
 def test_a_solver_with_noise_of_its_own_is_refused() -> None:
     with pytest.raises(DiffsteerError, match="noise of its own"):
         SteeredPipeline(load_pipeline("shapes"), RandomSearch(2), Compressibility(), transition="native")
+
+
+def test_a_model_for_drafts_keeps_its_own_grid() -> None:
+    """A schedule is that of the pipeline which is steered."""
+    from diffsteer.schedules import Karras
+
+    small = GaussianMixture([-1.0, 0.8], [0.35, 0.5]).model("vp")
+    drafts = Draft(model=small, steps=4)
+    found = [
+        SteeredPipeline(MODEL, RandomSearch(4), reward, draft=drafts, schedule=schedule)(
+            ["a"], num_inference_steps=steps, seed=2
+        ).trace.searches[0]
+        for schedule, steps in ((None, 8), (Karras(), 8), ([8.0, 6.0, 4.0, 3.0, 2.0, 1.0, 0.5, 0.2], None))
+    ]
+    drafted = [{f.drafted.slot: f.drafted.reward for f in each.outcomes} for each in found]
+    assert drafted[0] == drafted[1] == drafted[2]

@@ -61,7 +61,16 @@ def test_proposals_keep_the_law(name: str) -> None:
 def test_step_one_is_an_independent_draw() -> None:
     z, n = noise(3, 4, 4), noise(3, 4, 4, seed=1)
     for name in ("rotation", "mix", "redraw", "partial"):
-        assert torch.equal(PROPOSALS[name](z, n, 1.0, None), n)
+        for seed in range(20):
+            assert torch.equal(PROPOSALS[name](z, n, 1.0, torch.Generator().manual_seed(seed)), n)
+
+
+def test_a_part_is_as_large_as_its_step_says() -> None:
+    z, n = noise(1, 32, 32), noise(1, 32, 32, seed=1)
+    for step in (0.3, 0.6, 0.9, 0.97):
+        shares = [float((partial(z, n, step, torch.Generator().manual_seed(seed)) != z).float().mean()) for seed in range(200)]
+        assert sum(shares) / len(shares) == pytest.approx(step**2, rel=0.02)
+        assert min(shares) > 0.8 * step**2 and max(shares) < 1.2 * step**2
 
 
 def test_a_part_is_a_box_and_the_rest_stays_bit_for_bit() -> None:
@@ -104,6 +113,15 @@ def test_children_of_two_are_standard_normal() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ the prior
+
+
+def test_white_noise_is_off_the_prior_as_seldom_as_a_normal_number() -> None:
+    """Beyond four standard deviations about once in 16,000; the tails of a chi-squared number, unlike its score, are seen in
+    every four hundredth."""
+    found = [diagnose(noise(4, 16, 16, seed=s)) for s in range(1500)]
+    assert sum(d.off for d in found) <= 1
+    scores = torch.tensor([d.covariance for d in found])
+    assert float(scores.mean()) == pytest.approx(0, abs=0.1) and float(scores.std()) == pytest.approx(1, abs=0.07)
 
 
 def test_white_noise_passes_and_what_is_not_white_does_not() -> None:
