@@ -68,8 +68,7 @@ def main(argv: list[str]) -> int:
     """Run a command. Returns the exit code: 0, 1 if something failed while running, 2 for wrong input, 130 after Ctrl-C."""
     command, rest = (argv[0], argv[1:]) if argv else ("", [])
     if command in ("--version", "-V"):
-        print(f"diffsteer {__version__}")
-        return OK
+        return _version()
     if command in ("", "--help", "-h"):
         print(USAGE)
         return OK if command else WRONG_INPUT
@@ -96,6 +95,11 @@ def main(argv: list[str]) -> int:
         if os.environ.get(_FULL_ERROR) == "1":
             raise
         return _report(error)
+
+
+def _version() -> int:
+    print(f"diffsteer {__version__}")
+    return OK
 
 
 def _complain(message: str, code: int = WRONG_INPUT) -> int:
@@ -153,7 +157,10 @@ def _composed(command: str, argv: list[str], keys: type[Config], job: Callable[[
     from diffsteer.types import DiffsteerError
 
     _started = time.time()
-    argv = _overrides_first(for_hydra(argv))
+    try:
+        argv = _overrides_first(for_hydra(argv))
+    except SystemExit:  # --version stands among Hydra's flags
+        return _version()
     register_schemas(keys)
     _exits = None if os.environ.get(_FULL_ERROR) == "1" else []
     try:
@@ -179,7 +186,7 @@ def _overrides_first(argv: list[str]) -> list[str]:
 
     parser, said = get_args_parser(), io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             _, extra = parser.parse_known_args(argv)
     except SystemExit as stop:
         if not stop.code:

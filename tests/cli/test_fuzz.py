@@ -123,6 +123,7 @@ SLOW = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.d
 @given(lines)
 @example(["generate", "model=[{name:fk,particles:2}]"])
 @example(["generate", "prompt=a", "+sampler=shapes,[1]", "-m"])
+@example(["tune", "-m", "--version"])
 def test_any_command_line_ends_in_a_line(before_any_model: Any, argv: list[str]) -> None:
     before_any_model(argv)
 

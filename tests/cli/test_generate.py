@@ -18,6 +18,7 @@ from PIL import Image
 
 import diffsteer
 from diffsteer import SteeredPipeline, __version__, load_pipeline
+from diffsteer.cli import main
 from diffsteer.config import build, register_schemas
 from diffsteer.registry import registered
 from diffsteer.rewards import ClipScore, Compressibility
@@ -207,6 +208,11 @@ def test_a_real_process(toy_folder: Path, tmp_path: Path) -> None:
     assert OmegaConf.load(tmp_path / "o/.hydra/config.yaml").prompt == PROMPT
     wrong = python(tmp_path, "-m", "diffsteer", "generate", *toy, "prompt=a star", "sampler=fkk")
     assert (wrong.returncode, wrong.stdout) == (2, "") and wrong.stderr.count("\n") == 1 and "'fk'" in wrong.stderr
+
+
+def test_a_version_among_the_flags_is_ours_and_not_hydras(capsys: Any) -> None:
+    for argv in (["generate", "prompt=a star", "-m", "--vers"], ["tune", "--version"], ["evaluate", "--version"]):
+        assert main(argv) == 0 and capsys.readouterr().out == f"diffsteer {__version__}\n"
 
 
 def test_the_version_does_not_import_torch(tmp_path: Path) -> None:
