@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffsteer.types import DiffsteerError
 
-RANK, GRID, LAST = 16, 4, "conv_out"
+RANK, LAST = 16, "conv_out"
 
 
 class LowRank(nn.Module):
@@ -48,8 +47,6 @@ class NoiseNetwork(nn.Module):
         unet: a UNet2DConditionModel, which is copied and frozen.
         encode: from texts to what the UNet attends to, (N, L, D).
         time: the timestep of pure noise. rank: of the change.
-        grid: delta is constant in the cells of a grid of so many a side: what goes where is decided there, and what is finer
-            has gradients that say little of anything but themselves. 0: as fine as the noise.
     """
 
     evaluations = 1
@@ -60,11 +57,10 @@ class NoiseNetwork(nn.Module):
         encode: Callable[[list[str]], Tensor],
         time: float = 1000.0,
         rank: int = RANK,
-        grid: int = GRID,
     ) -> None:
         super().__init__()
         self.unet = copy.deepcopy(unet).requires_grad_(False).eval()
-        self.encode, self.time, self.grid = encode, time, grid
+        self.encode, self.time = encode, time
         self._texts: dict[str, Tensor] = {}
         self.changes = nn.ModuleDict()
         for name, layer in self.unet.named_modules():
@@ -82,11 +78,7 @@ class NoiseNetwork(nn.Module):
         words = torch.stack([self._texts[t] for t in texts]).to(noise)
         time = torch.full((len(noise),), self.time, device=noise.device)
         found: Tensor = self.unet(noise, time, encoder_hidden_states=words).sample
-        return self.coarse(found)
-
-    def coarse(self, x: Tensor) -> Tensor:
-        """(N, C, h, w), averaged in the cells of the grid."""
-        return F.interpolate(F.adaptive_avg_pool2d(x, self.grid), x.shape[-2:]) if self.grid else x
+        return found
 
     def __call__(self, noise: Tensor, session: Any, rows: Sequence[int]) -> Tensor:
         """Unit noise (N, C, h, w) of a session's rows as the session is to start from. Differentiable."""
@@ -131,7 +123,7 @@ def _added(change: LowRank, alone: bool) -> Any:
     return hook
 
 
-def noise_network_of(pipe: Any, path: str | Path | None = None, rank: int = RANK, grid: int = GRID) -> NoiseNetwork:
+def noise_network_of(pipe: Any, path: str | Path | None = None, rank: int = RANK) -> NoiseNetwork:
     """For a pipeline with a UNet and a CLIP text encoder, such as Stable Diffusion's; its change from a file, or untrained.
 
     Raises:
@@ -150,5 +142,5 @@ def noise_network_of(pipe: Any, path: str | Path | None = None, rank: int = RANK
         return words
 
     assert isinstance(unet, nn.Module)
-    made = NoiseNetwork(unet, encode, rank=rank, grid=grid)
+    made = NoiseNetwork(unet, encode, rank=rank)
     return made if path is None else made.load(path)
