@@ -91,7 +91,7 @@ class Config:
         guide: gradient guidance beside a sampler that selects, one of the samplers that guide.
         budget: what a search may spend. draft: what it runs on before the best few are made in full.
         noise_network: a trained change of the model (of the drafts' model, where there is one) that moves first noises: a
-            file of `scripts/train_noise.py`.
+            file of `scripts/train_noise.py`, or shapes-turbo, which is embedded and that model's.
         holdout: a reward, or a list of them, that looks on and never steers; "checker" reads the shapes world.
         report: of so many prompts, the first ones, the events are kept as small pictures, for `diffsteer report`.
         sinks: what the results are written as beside their files: webdataset, parquet.

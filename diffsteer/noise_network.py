@@ -125,6 +125,7 @@ def _added(change: LowRank, alone: bool) -> Any:
 
 def noise_network_of(pipe: Any, path: str | Path | None = None, rank: int = RANK) -> NoiseNetwork:
     """For a pipeline with a UNet and a CLIP text encoder, such as Stable Diffusion's; its change from a file, or untrained.
+    "shapes-turbo" is the one that is embedded, of the model of that name.
 
     Raises:
         DiffsteerError: a pipeline of another kind.
@@ -143,4 +144,6 @@ def noise_network_of(pipe: Any, path: str | Path | None = None, rank: int = RANK
 
     assert isinstance(unet, nn.Module)
     made = NoiseNetwork(unet, encode, rank=rank)
+    if path == "shapes-turbo":
+        from diffsteer.shapes.models import NOISE as path
     return made if path is None else made.load(path)

@@ -319,9 +319,8 @@ class SteeredPipeline:
             ledger: Ledger | None = None,
         ) -> Session:
             pipe = self.pipe if model is None else model
-            mine = keys | {"ledger": ledger, "own": self.own_transition(pipe)}
-            if model is not None:
-                mine |= {"schedule": None}  # its steps are its own
+            grid = {} if model is None else {"schedule": None}  # another model's is its own
+            mine = keys | {"ledger": ledger, "own": self.own_transition(pipe)} | grid
             length = {} if steps is None and model is not None else options if steps is None else {"num_inference_steps": steps}
             if isinstance(pipe, CallableModel):
                 if told["call"] or told["negative_prompt"] is not None:

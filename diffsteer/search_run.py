@@ -207,8 +207,8 @@ def _looked_at(
     choice: Reward | None,
     aside: Mapping[str, Reward],
 ) -> dict[str, Tensor]:
-    """What rewards say of what is kept, (P, K) each, NaN where a prompt has less; the choice under its own name. Prompts that
-    keep as much go together, so that nobody is ranked among copies."""
+    """What rewards say of what is kept, (P, K) each, NaN where a prompt has less: those aside by their names, or that of the
+    choice as "choice". Prompts that keep as much go together, so that nobody is ranked among copies."""
     numbers = [len(f.outcomes) for f in found]
     told: dict[str, Tensor] = {}
     for n in sorted(set(numbers)):
@@ -216,7 +216,7 @@ def _looked_at(
         texts = [asked[p] for p in mine]
         scorer = Scorer(choice, session.decoder, texts, ledger, session.embedded, session.cut, aside=aside)
         scores = scorer.score(grouped[mine, :n].flatten(0, 1), session.steps, session.steps)
-        for name, said in {"choice": scores, **scorer.aside_scores}.items():
+        for name, said in (scorer.aside_scores if choice is None else {"choice": scores}).items():
             told.setdefault(name, torch.full(grouped.shape[:2], math.nan, dtype=torch.float64))[mine, :n] = said
     return told
 

@@ -156,7 +156,11 @@ def network_told(config: DictConfig, pipe: Any, draft: Draft | bool | None) -> N
     """
     if config.noise_network is None:
         return None
-    changed = draft.model if isinstance(draft, Draft) and draft.model is not None else pipe
+    changed, name = pipe, config.model.path
+    if isinstance(draft, Draft) and draft.model is not None:
+        changed, name = draft.model, config.draft.model
+    if config.noise_network in MODELS and config.noise_network != name:
+        raise DiffsteerError(f"noise_network={config.noise_network} is one of that model, and this is {name}")
     return noise_network_of(changed, config.noise_network)
 
 

@@ -139,6 +139,7 @@ def test_programs_and_long_texts_stand_wherever_rewards_do(
     (("sampler=random_search", "guide=mpgd"), "no gradient guidance"),
     (("sampler=none", "noise_network=x"), "noise_network wants a sampler"),
     (("sampler=random_search", "noise_network=nowhere.safetensors"), "noise network nowhere.safetensors"),
+    (("sampler=random_search", "noise_network=shapes-turbo"), "noise_network=shapes-turbo is one of that model, and this is"),
 ])  # fmt: skip
 def test_what_is_refused_in_a_line(command: Any, toy_folder: Path, more: tuple[str, ...], said: str) -> None:
     result = run(command, f"model={toy_folder}", *more)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from diffsteer import DiffsteerError, SteeredPipeline, load_pipeline
 from diffsteer.noise_network import noise_network_of
-from diffsteer.rewards import Compressibility
+from diffsteer.rewards import ClipScore, Compressibility, SecondClip
 from diffsteer.samplers import BestOfN, RandomSearch, SuccessiveHalving, ZeroOrder
+from diffsteer.shapes.grammar import TASKS
+from diffsteer.shapes.scene import caption, sample_scene
+from diffsteer.types import Context
 
 PROMPTS = ["a red circle", "two blue stars"]
 
@@ -99,3 +103,19 @@ def test_it_works_in_half_precision_and_in_blocks(dtype: torch.dtype, monkeypatc
         PROMPTS, num_inference_steps=2, seed=0
     )
     assert out.samples.isfinite().all() and max(asked) == 2 and sum(asked) == 10
+
+
+def test_the_embedded_network_gains_on_captions_that_it_has_not_seen() -> None:
+    """At one step, by the reward that it was trained for and by one that it was not: each more than its scatter."""
+    pipe = load_pipeline("shapes-turbo")
+    network = noise_network_of(pipe, "shapes-turbo")
+    scenes = [sample_scene(TASKS[i % 6], np.random.default_rng((55, i)), pairs="all") for i in range(96)]
+    texts = [caption(scene) for scene in scenes]
+    made = {
+        name: SteeredPipeline(pipe, BestOfN(1, eta=0.0), ClipScore(), start=start)(texts, num_inference_steps=1, seed=0)
+        for name, start in (("plain", None), ("moved", network))
+    }
+    own = made["moved"].rewards[:, 0] - made["plain"].rewards[:, 0]
+    scores = {k: SecondClip().score(out.samples[:, 0], texts, Context(1, 1, True)).double() for k, out in made.items()}
+    for gain in (own, scores["moved"] - scores["plain"]):
+        assert float(gain.mean()) > 2 * float(gain.std()) / len(gain) ** 0.5 > 0
