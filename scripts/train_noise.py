@@ -1,6 +1,7 @@
 """Trains the noise network of the embedded few-step model: a low-rank change of the frozen generator that moves first noises.
 
-    python scripts/train_noise.py train --work DIR [--steps N]     the network (2 hours on a core); resumes
+    python scripts/train_noise.py train --work DIR [--steps N]     the network (70 min on a core); resumes
+    python scripts/train_noise.py train --work DIR --start FILE    goes on from another one, through one step and two in turn
     python scripts/train_noise.py show --work DIR                  its gain, and that of optimising each image, on 1, 2, 4 steps
     python scripts/train_noise.py export --work DIR                into diffsteer/shapes/weights
     python scripts/train_noise.py probe                            what can one direction for a caption gain? (15 min)
@@ -34,7 +35,7 @@ from diffsteer.shapes.scene import caption, sample_scene
 from diffsteer.types import Context
 
 BATCH, RATE, SCALE, RANK, LONGEST = 32, 2e-3, 5.0, 16, 30.0
-CAPTIONS, CHAIN, GRID = 40_000, 1, 4
+CAPTIONS, GRID = 40_000, 4
 EMBEDDED = Context(1, 1, True)
 
 
@@ -82,20 +83,24 @@ def captions() -> list[str]:
     return [caption(sample_scene(TASKS[i % len(TASKS)], np.random.default_rng((1, i)), pairs="seen")) for i in range(CAPTIONS)]
 
 
-def stage_train(work: Path, steps: int) -> None:
+def stage_train(work: Path, steps: int, start: Path | None) -> None:
     """Follows the reward's gradient at the moved noise, which is cut where it is long, and none through the generator's own
     weights."""
     work.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(9)
+    seed = 9 if start is None else 13
+    torch.manual_seed(seed)
     pipe, reward, texts = fast(), ClipScore("shapes"), captions()
-    network, chain = noise_network_of(pipe, rank=RANK), Chain(pipe, CHAIN)
+    network = noise_network_of(pipe, start, RANK)
+    network.changes.requires_grad_(True)
+    chains = [Chain(pipe, n) for n in ((1,) if start is None else (1, 2))]
 
     def loss_of(step: int) -> Tensor:
-        rows = np.random.default_rng((9, step)).integers(0, len(texts), BATCH)
+        rows = np.random.default_rng((seed, step)).integers(0, len(texts), BATCH)
         mine = [texts[i] for i in rows]
-        z = torch.randn(BATCH, 4, 16, 16, generator=torch.Generator().manual_seed(9 * 10**6 + step))
+        z = torch.randn(BATCH, 4, 16, 16, generator=torch.Generator().manual_seed(seed * 10**6 + step))
         delta = network.delta(z, mine)
         moved = (z + delta).detach().requires_grad_(True)
+        chain = chains[step % len(chains)]
         rewards = reward.score(chain(moved, words_of(network, mine)), mine, EMBEDDED)
         (slope,) = torch.autograd.grad(rewards.sum(), moved)
         slope *= (LONGEST / slope.flatten(1).norm(dim=1)).clamp(max=1).view(-1, 1, 1, 1)
@@ -203,12 +208,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["train", "show", "export", "probe"])
     parser.add_argument("--work", type=Path, default=Path("outputs/noise"))
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1100)
+    parser.add_argument("--start", type=Path)
     parser.add_argument("--iterations", type=int, default=50)
     parser.add_argument("--captions", type=int, default=5, help="a task")
     a = parser.parse_args()
     if a.command == "train":
-        stage_train(a.work, a.steps)
+        stage_train(a.work, a.steps, a.start)
     elif a.command == "show":
         stage_show(a.work, a.iterations, a.captions)
     elif a.command == "export":
