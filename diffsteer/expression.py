@@ -50,7 +50,7 @@ def is_expression(text: str, names: Collection[str]) -> bool:
 
 
 def is_program(text: str) -> bool:
-    """Does a text look like a program of constraints (`diffsteer.rewards.program`)?"""
+    """Does a text look like a program of constraints (`diffsteer.rewards.constraints`)?"""
     return not _listed(text) and bool(_CONSTRAINTS.search(_bare(text)))
 
 

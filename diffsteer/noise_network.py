@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffsteer.shapes.models import NOISE
 from diffsteer.types import DiffsteerError
 
 RANK, LAST = 16, "conv_out"
@@ -77,8 +78,8 @@ class NoiseNetwork(nn.Module):
                 self._texts |= dict(zip(new, self.encode(new).float(), strict=True))
         words = torch.stack([self._texts[t] for t in texts]).to(noise)
         time = torch.full((len(noise),), self.time, device=noise.device)
-        found: Tensor = self.unet(noise, time, encoder_hidden_states=words).sample
-        return found
+        delta: Tensor = self.unet(noise, time, encoder_hidden_states=words).sample
+        return delta
 
     def __call__(self, noise: Tensor, session: Any, rows: Sequence[int]) -> Tensor:
         """Unit noise (N, C, h, w) of a session's rows as the session is to start from. Differentiable."""
@@ -144,6 +145,6 @@ def noise_network_of(pipe: Any, path: str | Path | None = None, rank: int = RANK
 
     assert isinstance(unet, nn.Module)
     made = NoiseNetwork(unet, encode, rank=rank)
-    if path == "shapes-turbo":
-        from diffsteer.shapes.models import NOISE as path
-    return made if path is None else made.load(path)
+    if path is None:
+        return made
+    return made.load(NOISE if path == "shapes-turbo" else path)

@@ -169,10 +169,10 @@ def _output(
     grouped, deciding = samples.view(groups, kept, *samples.shape[1:]), rewards
     held: dict[str, Tensor] = {}
     try:
-        if choice is not None:
-            deciding = _looked_at(session, grouped, found, asked, ledger, choice, {})["choice"]
+        if choice is not None:  # first: it stays though the others were stopped
+            deciding, _ = _looked_at(session, grouped, found, asked, ledger, choice, {})
         if aside:
-            held = _looked_at(session, grouped, found, asked, ledger, None, aside)
+            _, held = _looked_at(session, grouped, found, asked, ledger, None, aside)
     except KeyboardInterrupt:
         found = [replace(f, stopped="interrupted") for f in found]
         told = f"was stopped after {ledger.evaluations} evaluations, while what it found was scored anew"
@@ -206,19 +206,20 @@ def _looked_at(
     ledger: Ledger,
     choice: Reward | None,
     aside: Mapping[str, Reward],
-) -> dict[str, Tensor]:
-    """What rewards say of what is kept, (P, K) each, NaN where a prompt has less: those aside by their names, or that of the
-    choice as "choice". Prompts that keep as much go together, so that nobody is ranked among copies."""
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a choice says of what is kept, (P, K), and what rewards aside do, NaN where a prompt has less. Prompts that keep as
+    much go together, so that nobody is ranked among copies."""
     numbers = [len(f.outcomes) for f in found]
-    told: dict[str, Tensor] = {}
+    empty = torch.full(grouped.shape[:2], math.nan, dtype=torch.float64)
+    deciding, held = empty.clone(), {name: empty.clone() for name in aside}
     for n in sorted(set(numbers)):
         mine = [p for p, number in enumerate(numbers) if number == n]
         texts = [asked[p] for p in mine]
         scorer = Scorer(choice, session.decoder, texts, ledger, session.embedded, session.cut, aside=aside)
-        scores = scorer.score(grouped[mine, :n].flatten(0, 1), session.steps, session.steps)
-        for name, said in (scorer.aside_scores if choice is None else {"choice": scores}).items():
-            told.setdefault(name, torch.full(grouped.shape[:2], math.nan, dtype=torch.float64))[mine, :n] = said
-    return told
+        deciding[mine, :n] = scorer.score(grouped[mine, :n].flatten(0, 1), session.steps, session.steps)
+        for name, said in scorer.aside_scores.items():
+            held[name][mine, :n] = said
+    return deciding, held
 
 
 def kept_of(scores: Tensor, chosen: Tensor) -> Selected:

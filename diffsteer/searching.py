@@ -180,7 +180,7 @@ def _stop_solved(runs: Sequence[Run], solved: float) -> None:
 def _check(search: Search, budget: Budget, ground: Ground, render: Ground | None, remake: bool) -> None:
     one = _price_of_one(ground, render, remake)
     compares = ground.compared or (render is not None and render.compared)
-    ends = Cost(*one)._replace(reward_calls=max(one.reward_calls, compares * PAIR.reward_calls))
+    ends = one._replace(reward_calls=max(one.reward_calls, compares * PAIR.reward_calls))
     if budget and budget.seconds is None and not any(getattr(ends, name) for name in budget.limits()):
         raise DiffsteerError(
             f"budget: {next(iter(budget.limits()))} ends nothing here, where a sample costs none: give evals or seconds"

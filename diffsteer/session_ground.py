@@ -74,9 +74,8 @@ class SessionGround(Ground):
     def _play(self, prompt: int, outcomes: Sequence[Outcome], pairs: Sequence[tuple[int, int]]) -> Tensor:
         assert isinstance(self.reward, Duel)
         met = sorted({i for pair in pairs for i in pair})
-        shown = [
-            o.sample if o.sample is not None else self._decoded(o.x0[None], False, 1)[0] for o in (outcomes[i] for i in met)
-        ]
+        known = [outcomes[i] for i in met]
+        shown = [self._decoded(o.x0[None], False, 1)[0] if o.sample is None else o.sample for o in known]
         place = {i: n for n, i in enumerate(met)}
         with self.ledger.timed("reward"), torch.no_grad():
             ctx = Context(self.steps, self.steps, self.session.embedded)

@@ -3,12 +3,13 @@
     python scripts/train_noise.py train --work DIR [--steps N]     the network (70 min on a core); resumes
     python scripts/train_noise.py train --work DIR --start FILE    goes on from another one, through one step and two in turn
     python scripts/train_noise.py show --work DIR                  its gain, and that of optimising each image, on 1, 2, 4 steps
+    python scripts/train_noise.py show --development --iterations 0 --captions 32      its gain alone, on other captions
     python scripts/train_noise.py export --work DIR                into diffsteer/shapes/weights
-    python scripts/train_noise.py probe                            what can one direction for a caption gain? (15 min)
+    python scripts/train_noise.py probe                            what does the gradient tell, and what one direction? (20 min)
 
 The objective is 0.5 |delta|^2 - SCALE reward, the reward being the miniature CLIP's score of what the few-step model makes of
-the moved noise in one step. Its gradient through all four steps is of no use: it has lengths between 1 and 600 and says little
-of what lies more than a tenth away; along that of one step the reward rises for a way of two. Long ones are cut all the same.
+the moved noise in one step. Its gradient through all four steps is of no use: it is up to 400 long and says little of what lies
+a tenth away; along that of one step the reward rises for a way of two. Long ones are cut all the same.
 """
 
 from __future__ import annotations
@@ -114,6 +115,27 @@ def stage_train(work: Path, steps: int, start: Path | None) -> None:
     network.save(work / "noise.safetensors")
 
 
+def stage_slopes() -> None:
+    """How far does the gradient at a noise tell the reward, through 1, 2 and 4 steps? 64 captions, steps along it."""
+    pipe, reward = fast(), ClipScore("shapes")
+    texts = [c["caption"] for c in held_out(11, 6)][:64]
+    words = words_of(noise_network_of(pipe), texts)
+    z = torch.randn(64, 4, 16, 16, generator=torch.Generator().manual_seed(5)).requires_grad_(True)
+    print("| through | length of the gradient: median (5 %, 95 %) | length of the step | gain (95 %) |")
+    print("|---|---|---|---|")
+    for steps in (1, 2, 4):
+        chain = Chain(pipe, steps)
+        before = reward.score(chain(z, words), texts, EMBEDDED)
+        (slope,) = torch.autograd.grad(before.sum(), z)
+        lengths = slope.flatten(1).norm(dim=1)
+        low, middle, high = lengths.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
+        for length in (0.1, 1.0, 2.0):
+            with torch.no_grad():
+                after = reward.score(chain(z + length * slope / lengths.view(-1, 1, 1, 1), words), texts, EMBEDDED)
+            told = gains_of((after - before.detach()).double().numpy())
+            print(f"| {steps} | {middle:.0f} ({low:.0f}, {high:.0f}) | {length} | {told} |", flush=True)
+
+
 @torch.no_grad()
 def stage_probe() -> None:
     """Is there anything to learn? Of some captions the direction that rewards of 768 noises tell by ridge regression on the
@@ -160,21 +182,22 @@ def stage_export(work: Path) -> None:
     print(NOISE.stat().st_size / 1e6, "MB")
 
 
-def stage_show(work: Path, iterations: int, captions: int) -> None:
+def stage_show(work: Path, iterations: int, captions: int, development: bool) -> None:
     """Plain, one further evaluation (where there is a network), and optimisation of each image; same captions and noises."""
     pipe, reward, second = fast(), ClipScore(), second_reward()
-    cases = held_out(captions, 7)
+    cases = held_out(captions, 6 if development else 7)
     texts, ids = [c["caption"] for c in cases], [c["id"] for c in cases]
     path = work / "noise.safetensors" if (work / "noise.safetensors").exists() else NOISE
     runs: dict[str, tuple[Any, Any]] = {
         "plain": (RandomSearch(1), None),
         **({"noise network": (RandomSearch(1), noise_network_of(pipe, path))} if path.exists() else {}),
-        f"ReNO, {iterations} iterations": (ReNO(iterations=iterations, rate=2.0), None),
+        **({f"ReNO, {iterations} iterations": (ReNO(iterations=iterations, rate=2.0), None)} if iterations else {}),
     }
-    print("| steps | | reward | held-out reward | right | evaluations | seconds a case | share of the gain |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| steps | | reward | held-out reward | right | gain | held-out gain | evaluations | seconds a case | share |")
+    print("|" + "---|" * 10)
     for steps in (1, 2, 4):
         found: dict[str, np.ndarray] = {}
+        found_held: dict[str, np.ndarray] = {}
         for name, (sampler, start) in runs.items():
             began = time.perf_counter()
             steered = SteeredPipeline(pipe, sampler, reward, start=start, draft=False, chunk=24)
@@ -186,9 +209,11 @@ def stage_show(work: Path, iterations: int, captions: int) -> None:
             scores = out.rewards[torch.arange(len(texts)), out.chosen].numpy()
             found[name] = scores
             held = second.score(best, texts, EMBEDDED).numpy() if second else np.zeros(len(texts))
+            found_held[name] = held
             right = np.array([float(judge(s, t)) for s, t in zip(best, texts, strict=True)])
             cells = ["{:.2f} ({:.2f}, {:.2f})".format(*interval(v, texts)) for v in (scores, held)]
             cells.append("{:.3f} ({:.3f}, {:.3f})".format(*interval(right, texts)))
+            cells += [gains_of(f[name] - f["plain"]) for f in (found, found_held)]
             print(f"| {steps} | {name} | {' | '.join(cells)} | {out.ledger.evaluations / len(texts):.1f} | {seconds:.2f} | "
                   f"{share(found, name)} |", flush=True)  # fmt: skip
 
@@ -210,14 +235,16 @@ if __name__ == "__main__":
     parser.add_argument("--work", type=Path, default=Path("outputs/noise"))
     parser.add_argument("--steps", type=int, default=1100)
     parser.add_argument("--start", type=Path)
+    parser.add_argument("--development", action="store_true")
     parser.add_argument("--iterations", type=int, default=50)
     parser.add_argument("--captions", type=int, default=5, help="a task")
     a = parser.parse_args()
     if a.command == "train":
         stage_train(a.work, a.steps, a.start)
     elif a.command == "show":
-        stage_show(a.work, a.iterations, a.captions)
+        stage_show(a.work, a.iterations, a.captions, a.development)
     elif a.command == "export":
         stage_export(a.work)
     else:
+        stage_slopes()
         stage_probe()

@@ -16,8 +16,8 @@ from diffsteer.expression import is_expression, is_program, reward_of, split
 from diffsteer.registry import registered
 from diffsteer.reward import FunctionReward, Reward, ZScore, leaves, terms_of
 from diffsteer.rewards import Brightness, ClipScore, Program, Symmetry
+from diffsteer.rewards.constraints import BOUNDS, GROUPS, RELATIONS
 from diffsteer.rewards.measurements import MEASUREMENTS
-from diffsteer.rewards.program import BOUNDS, GROUPS, RELATIONS
 from diffsteer.types import Context, DiffsteerError
 
 NAMES = ("red", "green", "blue")

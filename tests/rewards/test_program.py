@@ -16,8 +16,9 @@ from diffsteer import DiffsteerError, SteeredPipeline
 from diffsteer.budget import Budget
 from diffsteer.callable import CallableModel
 from diffsteer.rewards import Program
+from diffsteer.rewards.constraints import RELATIONS, parse
 from diffsteer.rewards.measurements import COLORS, MEASUREMENTS, measure, rgb
-from diffsteer.rewards.program import RELATIONS, error, parse
+from diffsteer.rewards.program import error
 from diffsteer.samplers import MPGD, FeynmanKac, RandomSearch, ReNO
 from diffsteer.shapes import COLORS as SHAPES_COLORS
 from diffsteer.shapes import render, sample_scene
