@@ -169,6 +169,7 @@ def test_scales_are_everyones_also_after_going_on(evaluate: Any, tmp_path: Path)
     assert (tmp_path / "o/scales.json").exists() and not list((tmp_path / "o").glob("*/*/scales.json"))
 
 
+@pytest.mark.slow
 def test_two_processes_compare_in_one_folder(tmp_path: Path) -> None:
     """Whichever comes first, all of it is made once, and what both write is whole."""
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS))

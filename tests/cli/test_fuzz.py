@@ -119,7 +119,7 @@ def before_any_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
 SLOW = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=SLOW)
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=SLOW)
 @given(lines)
 @example(["generate", "model=[{name:fk,particles:2}]"])
 @example(["generate", "prompt=a", "+sampler=shapes,[1]", "-m"])
@@ -128,7 +128,7 @@ def test_any_command_line_ends_in_a_line(before_any_model: Any, argv: list[str])
     before_any_model(argv)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=SLOW)
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=SLOW)
 @given(files, st.lists(arguments, max_size=1))
 def test_any_file_of_prompts_ends_in_a_line(before_any_model: Any, file: tuple[str, bytes], more: list[str]) -> None:
     Path(file[0]).write_bytes(file[1])

@@ -94,7 +94,7 @@ def killed_and_again(zygote: Any, toy_folder: Path, tmp_path: Path, kills: int, 
 
 
 def test_killed_at_random_moments_nothing_is_lost(zygote: Any, toy_folder: Path, tmp_path: Path) -> None:
-    killed_and_again(zygote, toy_folder, tmp_path, kills=5, seed=1)
+    killed_and_again(zygote, toy_folder, tmp_path, kills=3, seed=1)
 
 
 SEARCH = ("sampler=random_search", "sampler.candidates=3", "draft.finalists=2", "sinks=[webdataset]")
@@ -249,6 +249,7 @@ def test_several_processes_want_a_folder(generate: Any, tmp_path: Path, monkeypa
     assert result.code == 2 and result.err == "diffsteer: 2 processes work on one folder: give out=DIR\n"
 
 
+@pytest.mark.slow
 def test_a_sweep_of_hydra_in_processes(command: Any, toy_folder: Path, tmp_path: Path, manifest: Any) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     (tmp_path / "p.txt").write_text("a star\n")

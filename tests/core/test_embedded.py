@@ -49,6 +49,12 @@ def painter(request: pytest.FixtureRequest) -> Any:
     return pipe
 
 
+# On the other model it is a slow proof.
+first_of_both = pytest.mark.parametrize(
+    "painter", ["shapes", pytest.param("shapes-flow", marks=pytest.mark.slow)], indirect=True
+)
+
+
 def renders(count: int, stream: int) -> tuple[list[Any], torch.Tensor]:
     scenes = [sample_scene(TASKS[i % 6], np.random.default_rng((stream, i))) for i in range(count)]
     images = [torch.from_numpy(np.array(render(s))).permute(2, 0, 1) / 255 for s in scenes]
@@ -140,6 +146,7 @@ def test_clip_prefers_the_right_caption() -> None:
     assert float(higher.float().mean()) >= 0.88
 
 
+@first_of_both
 def test_the_painter_paints(painter: Any) -> None:
     """It listens: its pictures show their own captions far more often than one another's."""
     texts = [caption(sample_scene("single_object", np.random.default_rng((24, i)))) for i in range(40)]
@@ -150,6 +157,7 @@ def test_the_painter_paints(painter: Any) -> None:
     assert own > 0.65 and own > 4 * others
 
 
+@first_of_both
 def test_steering_raises_the_reward(painter: Any) -> None:
     """Paired, the same captions and first noises: a gain of more than two standard errors."""
     texts = [caption(sample_scene("color_attr", np.random.default_rng((25, i)))) for i in range(12)]
@@ -241,7 +249,7 @@ def test_generate_without_arguments(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["generate", "num_inference_steps=8", "out=demo"]) == 0
+    assert main(["generate", "num_inference_steps=4", "out=demo"]) == 0
     said = capsys.readouterr().out
     lines = [line for line in said.splitlines() if "right" in line or "wrong" in line]
     assert len(lines) == 6 and "evaluations" in said

@@ -190,7 +190,7 @@ RATES = [(as_it_is, 0.005), (blurred, 0.02), (noisy, 0.02), (shifted, 0.02), (co
 
 @pytest.mark.parametrize(("spoil", "most"), RATES)
 def test_error_rates(spoil: Spoil, most: float) -> None:
-    assert max(error_rates(100 if spoil is as_it_is else 50, spoil)) <= most
+    assert max(error_rates(50 if spoil is as_it_is else 25, spoil)) <= most
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ def test_it_is_a_reward_like_any_other(installed: dict[str, str], tmp_path: Path
     assert wrong.returncode == 2 and wrong.stderr == "diffsteer: warmth: middle=3; it lies in [0.1, 1]\n"
 
 
+@pytest.mark.slow
 def test_its_own_tests_pass_and_ours_take_it_in(installed: dict[str, str]) -> None:
     tests = ROOT / "examples" / "diffsteer-warmth" / "tests"
     own = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tests), str(tests)], installed, tests)

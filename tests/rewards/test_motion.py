@@ -186,8 +186,15 @@ def test_the_embedded_model_makes_clips(pipe: Any) -> None:
     assert out.samples.shape == (1, 2, 8, 3, 64, 64) and out.images is not None and len(out.images[0]) == 8
 
 
-@pytest.mark.parametrize("features", ["pixels", "network"])
-@pytest.mark.parametrize(("clean", "network"), [(0.0, 0.2), (0.2, 0.0)])
+@pytest.mark.parametrize(
+    ("features", "clean", "network"),
+    [
+        ("pixels", 0.0, 0.2),
+        ("network", 0.2, 0.0),
+        pytest.param("pixels", 0.2, 0.0, marks=pytest.mark.slow),
+        pytest.param("network", 0.0, 0.2, marks=pytest.mark.slow),
+    ],
+)
 def test_guidance_by_motion_raises_its_reward_and_costs_what_it_declares(
     pipe: Any, features: str, clean: float, network: float
 ) -> None:

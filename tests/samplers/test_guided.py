@@ -71,8 +71,7 @@ def test_weighted_particles_keep_their_target_whatever_guides_them(name: str, pa
     assert drift > 6
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("name", ["x0, much", "network"])
+@pytest.mark.parametrize("name, path", [c for c in CASES if c.values[0] in ("x0, much", "network")])
 def test_a_quadratic_reward_has_its_target_too(name: str, path: str) -> None:
     """N(m, v) tilted by exp(-(x - 1)^2 / 2) is Gaussian, with precision 1 / v + 1."""
     out = run(FeynmanKac(8, scale=1.0, target_ess=None, events=(0.3, 0.6)), path, 1500, square, guide=GUIDES[name])
