@@ -165,19 +165,17 @@ class _Parser:
         return Node(sign, (left, self.sum()))
 
     def sum(self) -> Node:
-        node = self.product()
-        while self.peek() in ("+", "-"):
-            sign = self.peek()
-            self.at += 1
-            node = self.folded(Node(sign, (node, self.product())))
-        return node
+        return self.chain(("+", "-"), self.product)
 
     def product(self) -> Node:
-        node = self.term()
-        while self.peek() in ("*", "/"):
-            sign = self.peek()
+        return self.chain(("*", "/"), self.term)
+
+    def chain(self, signs: tuple[str, str], part: Callable[[], Node]) -> Node:
+        """Parts with operations of one rank between them, from the left."""
+        node = part()
+        while (sign := self.peek()) in signs:
             self.at += 1
-            node = self.folded(Node(sign, (node, self.term())))
+            node = self.folded(Node(sign, (node, part())))
         return node
 
     def term(self) -> Node:

@@ -66,16 +66,22 @@ def needed(what: str, particles: int, steps: int) -> float:
     return float(done.stdout)
 
 
-def test_many_particles_in_blocks_need_what_a_few_do() -> None:
-    few, many = needed("steer", 4, 3), needed("steer", 32, 3)
+STEPS = [6, pytest.param(12, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("particles", [32, pytest.param(64, marks=pytest.mark.slow)])
+def test_many_particles_in_blocks_need_what_a_few_do(particles: int) -> None:
+    few, many = needed("steer", 4, 3), needed("steer", particles, 3)
     assert few > 2**20 and many <= 1.3 * few, (few, many)
 
 
-def test_gradients_need_the_same_whatever_the_number_of_steps() -> None:
-    few, many = needed("guide", 4, 2), needed("guide", 4, 6)
+@pytest.mark.parametrize("steps", STEPS)
+def test_gradients_need_the_same_whatever_the_number_of_steps(steps: int) -> None:
+    few, many = needed("guide", 4, 2), needed("guide", 4, steps)
     assert few > 2**20 and many <= 1.1 * few, (few, many)
 
 
-def test_a_whole_path_needs_what_one_step_does_and_its_states() -> None:
-    few, many = needed("path", 4, 2), needed("path", 4, 6)
+@pytest.mark.parametrize("steps", STEPS)
+def test_a_whole_path_needs_what_one_step_does_and_its_states(steps: int) -> None:
+    few, many = needed("path", 4, 2), needed("path", 4, steps)
     assert few > 2**20 and many <= 1.3 * few, (few, many)

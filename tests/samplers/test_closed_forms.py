@@ -123,7 +123,7 @@ def mixture_deviation(potential: str, resampling: str, groups: int, chains: int)
 
 
 @pytest.mark.parametrize(
-    ("potential", "resampling"), zip(POTENTIALS, ["ssp", "stratified", "systematic", "residual"], strict=True)
+    ("potential", "resampling"), list(zip(POTENTIALS, ["ssp", "stratified", "systematic", "residual"], strict=True))
 )
 def test_mixture_agrees_with_importance_weights_short(potential: str, resampling: str) -> None:
     assert abs(mixture_deviation(potential, resampling, 1000, 10_000)[0]) < 4

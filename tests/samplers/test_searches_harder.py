@@ -370,17 +370,18 @@ def test_gradients_go_through_the_tiny_decoder_of_drafts() -> None:
 # ---------------------------------------------------------------------------------------------- the chain's law
 
 
+@pytest.mark.parametrize("chains", [1200, pytest.param(2500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("search", [Beam(1, 1), Rollover(1, 1), DepthFirst(chains=1, retries=0), DNO(iterations=1),
                                     Evolutionary((0.3,), (1, 1), elites=0, step=1e-6)], ids=lambda s: s.name)  # fmt: skip
-def test_what_is_left_of_stochastic_searches_is_the_plain_chain_in_law(search: Search) -> None:
+def test_what_is_left_of_stochastic_searches_is_the_plain_chain_in_law(search: Search, chains: int) -> None:
     mixture = GaussianMixture([0.7], [0.5])
     model = mixture.model("vp")
-    keep = {"draft": False}
-    out = SteeredPipeline(model, search, lambda x, p: torch.zeros(len(x)), **keep)(["a"] * 1200, num_inference_steps=8, seed=5)  # type: ignore[arg-type]
+    steered = SteeredPipeline(model, search, lambda x, p: torch.zeros(len(x)), draft=False)
+    out = steered(["a"] * chains, num_inference_steps=8, seed=5)
     x = out.samples[:, 0, 0].double()
     mean, variance = chain_law(mixture, model.grid(8)[1], 1.0, float(model.grid(8)[1][0].sigma))
-    assert float(x.mean()) == pytest.approx(mean, abs=4 * math.sqrt(variance / 1200))
-    assert float(x.var()) == pytest.approx(variance, rel=4 * math.sqrt(2 / 1200))
+    assert float(x.mean()) == pytest.approx(mean, abs=4 * math.sqrt(variance / chains))
+    assert float(x.var()) == pytest.approx(variance, rel=4 * math.sqrt(2 / chains))
 
 
 # ---------------------------------------------------------------------------------------------- stages
